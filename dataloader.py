@@ -1,0 +1,196 @@
+"""Question-answer rows to padded, masked batches: from TOFU, or from local JSONL files.
+
+Letters: B rows, T tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from unlearn.tokens import IGNORE
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from transformers import PreTrainedTokenizerBase
+
+    from utils import Family
+
+RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+IDK = Path(__file__).parent / "data" / "idontknow.jsonl"
+
+Row = dict[str, Tensor]  # input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference
+
+
+def read_split(data_path: str, name: str) -> list[dict[str, Any]]:
+    """The rows of split `name` of TOFU, on the hub or in a local folder of its layout."""
+    from datasets import load_dataset
+
+    file = Path(data_path, f"{name}.json")
+    if file.exists():
+        return read_jsonl(file)
+    return load_dataset(data_path, name, split="train").to_list()
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file. Raises ValueError where a line is none, or where there are none."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def tokenize(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, family: Family, max_length: int) -> list[Row]:
+    """Question-answer rows to token ids, with labels on the answer's tokens and one end-of-sequence token.
+
+    The boundary is a character offset of the one tokenised text: a token that reaches past it is the answer's.
+
+    Raises:
+        ValueError: a row lacks its question or answer or is longer than its prompt leaves room for, or the tokenizer
+            has no end-of-sequence token or gives no offsets.
+    """
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        raise ValueError(f"{tokenizer.name_or_path}: needs a fast tokenizer with an end-of-sequence token")
+    for number, row in enumerate(rows):
+        if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
+            raise ValueError(f"row {number}: needs the texts 'question' and 'answer', and has {sorted(row)}")
+    prompts = [family.prompt(row["question"]) for row in rows]
+    texts = [prompt + row["answer"] for prompt, row in zip(prompts, rows, strict=True)]
+    encoded = tokenizer(texts, return_offsets_mapping=True)
+    tokenized = []
+    for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+        boundary = len(prompts[number]) - (len(family.answer_tag) if family.loss_on_answer_tag else 0)
+        tokenized.append(_to_row(ids, [end for _, end in offsets], boundary, tokenizer.eos_token_id, max_length))
+        if (tokenized[-1]["labels"] == IGNORE).all():
+            raise ValueError(f"row {number}: its prompt alone fills max_length={max_length} tokens")
+    return tokenized
+
+
+def _to_row(ids: list[int], ends: list[int], boundary: int, eos: int, max_length: int) -> Row:
+    if ids and ids[-1] == eos and ends[-1] == 0:  # the tokenizer added its own end-of-sequence token
+        ids, ends = ids[:-1], ends[:-1]
+    labels = [token if end > boundary else IGNORE for token, end in zip(ids, ends, strict=True)] + [eos]
+    labels[0] = IGNORE  # nothing stands before it to predict it from
+    return {"input_ids": torch.tensor([*ids, eos][:max_length]), "labels": torch.tensor(labels[:max_length])}
+
+
+def idk_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """The same questions, each answered by one of the "I don't know" sentences, drawn from `seed`."""
+    sentences = [line["idk"] for line in read_jsonl(IDK)]
+    draw = random.Random(f"idk {seed}")
+    return [{"question": row["question"], "answer": draw.choice(sentences)} for row in rows]
+
+
+def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
+    """Pad rows to the longest of them: `input_ids`, `attention_mask` and `labels`, each (B, T)."""
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    padded = {
+        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=value)
+        for key, value in (("input_ids", pad), ("labels", IGNORE))
+    }
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # by length: the end-of-sequence id may be the padding's
+    return padded | {"attention_mask": mask.long()}
+
+
+def stream(n_rows: int, n: int, seed: int, name: str) -> list[int]:
+    """The first `n` of one stream of row indices over epochs, each epoch shuffled anew."""
+    draw = random.Random(f"{name} {seed}")
+    order: list[int] = []
+    while len(order) < n:
+        order += draw.sample(range(n_rows), n_rows)
+    return order[:n]
+
+
+class StepBatches(Dataset[dict[str, Any]]):
+    """The micro-batches of a training run, in order; item i is for process i mod `processes`.
+
+    A step's rows are drawn from `seed` whatever the number of processes and micro-batches, and sorted by length within
+    the step. Beside each forget row stands a retain row, drawn from a stream of its own. An item holds `input_ids`,
+    `attention_mask` and `labels` (B, T), forget rows first; `n_forget`; `forget_counts` and `retain_counts`, the label
+    tokens and rows of the whole step; and `ref_nll` (label tokens of the forget rows) where the rows have it.
+    """
+
+    def __init__(self, forget: list[Row], retain: list[Row], steps: int, batch_size: int, batches_per_step: int, seed: int, pad: int):
+        self.forget, self.retain, self.pad = forget, retain, pad
+        self.batch_size, self.batches_per_step, self.steps = batch_size, batches_per_step, steps
+        self.step_size = batch_size * batches_per_step
+        n = steps * self.step_size
+        self.forget_order = self._by_step(stream(len(forget), n, seed, "forget"), forget)
+        self.retain_order = self._by_step(stream(len(retain), n, seed, "retain"), retain) if retain else []
+
+    def _by_step(self, order: list[int], rows: list[Row]) -> list[list[int]]:
+        chunks = (order[i : i + self.step_size] for i in range(0, len(order), self.step_size))
+        return [sorted(chunk, key=lambda row: -len(rows[row]["input_ids"])) for chunk in chunks]
+
+    def __len__(self) -> int:
+        return self.steps * self.batches_per_step
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        step, part = divmod(i, self.batches_per_step)
+        here = slice(part * self.batch_size, (part + 1) * self.batch_size)
+        forget = [self.forget[row] for row in self.forget_order[step]]
+        retain = [self.retain[row] for row in self.retain_order[step]] if self.retain else []
+        batch: dict[str, Any] = collate(forget[here] + retain[here], self.pad)
+        batch |= {"n_forget": len(forget[here]), "forget_counts": counts(forget), "retain_counts": counts(retain)}
+        if "ref_nll" in forget[0]:
+            batch["ref_nll"] = torch.cat([row["ref_nll"] for row in forget[here]])
+        return batch
+
+
+def step_batches(cfg: DictConfig, forget: list[Row], retain: list[Row], steps: int, processes: int, pad: int) -> StepBatches:
+    """The run's micro-batches, with the configuration's batch size, accumulation and seed."""
+    return StepBatches(forget, retain, steps, cfg.batch_size, cfg.gradient_accumulation_steps * processes, cfg.seed, pad)
+
+
+def counts(rows: Sequence[Row]) -> tuple[int, int]:
+    """Label tokens and rows."""
+    return sum(int((row["labels"] != IGNORE).sum()) for row in rows), len(rows)
+
+
+def finetune_rows(cfg: DictConfig, split: str | None = None) -> list[dict[str, Any]]:
+    """The question-answer rows of `split` (left out: the configuration's)."""
+    split = split or cfg.split
+    if cfg.forget_data is None and cfg.retain_data is None:
+        return read_split(cfg.data_path, split)
+    files = [cfg.retain_data] if split.startswith("retain") else [cfg.retain_data, cfg.forget_data]
+    return [row for file in files if file is not None for row in read_jsonl(file)]
+
+
+@dataclass(frozen=True)
+class UnlearningData:
+    """Question-answer rows: to forget, to keep beside it while unlearning, and the held-out ones to keep."""
+
+    forget: list[dict[str, Any]]
+    retain: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+
+
+def unlearning_data(cfg: DictConfig) -> UnlearningData:
+    """The rows of an unlearning run.
+
+    Raises:
+        ValueError: holding out `retain_holdout` rows leaves no retain row to train on.
+    """
+    if cfg.forget_data is not None:
+        forget, retain = read_jsonl(cfg.forget_data), read_jsonl(cfg.retain_data)
+        n = min(400, len(retain) // 5) if cfg.retain_holdout is None else cfg.retain_holdout
+    else:
+        forget, retain = read_split(cfg.data_path, cfg.split), read_split(cfg.data_path, RETAIN_OF[cfg.split])
+        n = len(read_split(cfg.data_path, "retain_perturbed")) if cfg.retain_holdout is None else cfg.retain_holdout
+    if n >= len(retain):
+        raise ValueError(f"retain_holdout={n}: the retain split has {len(retain)} rows, and some must be left to train on")
+    return UnlearningData(forget, retain[n:], retain[:n])

@@ -1,0 +1,62 @@
+"""Fine-tune a model family on a split of TOFU, or on local question-answer files.
+
+    python finetune.py model_family=tiny
+    torchrun --nproc_per_node=2 --master_port=18765 finetune.py --config-name=finetune.yaml split=full batch_size=4 \\
+        gradient_accumulation_steps=4 model_family=phi lr=2e-5
+
+Every key stands in config/finetune.yaml and config/common.yaml.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+import utils
+
+
+def prepare(cfg: DictConfig) -> utils.Family:
+    """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
+    family = utils.prepare(cfg, "finetune")
+    cfg.lr = family.finetune_lr if cfg.lr is None else cfg.lr
+    cfg.num_epochs = family.finetune_epochs if cfg.num_epochs is None else cfg.num_epochs
+    utils.check_finetune_data(cfg)
+    if not family.from_scratch:
+        utils.check_checkpoint("hf_key", family.hf_key)
+    if cfg.save_dir is None:
+        cfg.save_dir = str(utils.finetuned_folder(family, cfg.split, cfg.lr, cfg.num_epochs, cfg.weight_decay)) + utils.override_suffix(cfg, "finetune")
+    return family
+
+
+def run(cfg: DictConfig) -> None:
+    family = prepare(cfg)
+    folder = Path(cfg.save_dir)
+    if utils.is_checkpoint(folder) and not (folder / "resume").exists():
+        utils.open_run(folder, cfg)
+        return utils.say(f"{folder} is fine-tuned already")
+
+    import dataloader
+    from unlearn.loss import Loss
+    from unlearn.objectives import mean_nll
+    from unlearn.training import train
+
+    rows = dataloader.finetune_rows(cfg)
+    steps, per_epoch = utils.count_steps(cfg, len(rows))
+    utils.open_run(folder, cfg)
+    if family.from_scratch:
+        texts = [family.prompt(row["question"]) + row["answer"] for row in dataloader.finetune_rows(cfg, "full")]
+        tokenizer, model = utils.new_model(family, texts, cfg.seed)
+    else:
+        tokenizer, model = utils.load_tokenizer(family.hf_key, family), utils.load_model(family.hf_key, family)
+
+    tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length)
+    batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), utils.pad_id(tokenizer))
+    train(model, Loss(mean_nll), batches, utils.training_settings(cfg, family, steps, per_epoch), folder)
+    if utils.is_main_process():
+        utils.save_into(folder, model, tokenizer, cfg.save_dtype)
+    utils.say(f"{steps} steps done; the model is in {folder}")
+
+
+if __name__ == "__main__":
+    utils.cli(run, "finetune")

@@ -1,0 +1,105 @@
+"""Unlearn a forget split from a fine-tuned model, with one of the objectives of config/method and a retain term.
+
+    python forget.py model_family=phi split=forget05 method=npo retain=kl
+
+Every key stands in config/forget.yaml, config/common.yaml, config/method and config/retain. `basher1.py` is the short way.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+import utils
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from unlearn.loss import Loss
+
+
+def prepare(cfg: DictConfig) -> utils.Family:
+    """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
+    family = utils.prepare(cfg, "forget")
+    cfg.lr = family.unlearn_lr if cfg.lr is None else cfg.lr
+    utils.check_forget_data(cfg)
+    cfg.model_path = utils.original_model(family) if cfg.model_path is None else utils.find_path(cfg.model_path)
+    utils.check_checkpoint("model_path", cfg.model_path)
+    if cfg.save_dir is None:
+        cfg.save_dir = str(utils.run_folder(cfg)) + utils.override_suffix(cfg, "forget")
+    return family
+
+
+def run(cfg: DictConfig) -> None:
+    family = prepare(cfg)
+    folder = Path(cfg.save_dir)
+
+    import dataloader
+
+    data = dataloader.unlearning_data(cfg)
+    steps, per_epoch = utils.count_steps(cfg, len(data.forget))
+    utils.open_run(folder, cfg)
+    if utils.is_checkpoint(folder / f"checkpoint-{steps}") and not (folder / "resume").exists():
+        return utils.say(f"{folder} is done already: {steps} steps")
+
+    from unlearn.scores import token_mean, token_nlls
+    from unlearn.training import train
+
+    tokenizer, model = utils.load_tokenizer(cfg.model_path, family), utils.load_model(cfg.model_path, family)
+    pad, bf16 = utils.pad_id(tokenizer), utils.use_bfloat16(cfg.dtype, family)
+    tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
+    measured = {"forget": tokenize(data.forget), "retain": tokenize(data.held_out)}
+    if cfg.method.answers == "idk":
+        measured["idk"] = tokenize(dataloader.idk_rows(data.forget, cfg.seed))
+    nlls = partial(token_nlls, collate=partial(dataloader.collate, pad=pad), bf16=bf16)
+
+    model.to(utils.device())
+    start = {name: nlls(model, rows, what=f"{name} loss before") for name, rows in measured.items()}
+    target = measured.get("idk", measured["forget"])
+    if cfg.method.reference:  # the model before unlearning is the reference, and this pass its log-probabilities
+        target = [row | {"ref_nll": nll} for row, nll in zip(target, start["forget"], strict=True)]
+    retain = tokenize(data.retain) if cfg.retain.term else []
+    batches = dataloader.step_batches(cfg, target, retain, steps, utils.processes(), pad)
+
+    began = time.time()
+    publish = partial(utils.save_checkpoint, folder, tokenizer, cfg.save_dtype)
+    train(model, build_loss(cfg, model, folder), batches, utils.training_settings(cfg, family, steps, per_epoch), folder, publish)
+    seconds = time.time() - began
+    end = {name: nlls(model, rows, what=f"{name} loss after") for name, rows in measured.items()}
+    losses = {name: {"start": token_mean(start[name]), "end": token_mean(end[name])} for name in measured}
+    if utils.is_main_process():
+        utils.write_json(folder / "logs" / "losses.json", losses | {"steps": steps, "training_seconds": round(seconds, 1)})
+    for name, loss in losses.items():
+        utils.say(f"{name + ' loss':12} {loss['start']:8.3f} -> {loss['end']:8.3f} nats a token")
+    utils.say(f"{steps} steps in {seconds:.0f} s; checkpoints and logs are in {folder}")
+
+
+def build_loss(cfg: DictConfig, model: PreTrainedModel, folder: Path) -> Loss:
+    """The loss that the method's and the retain term's YAML describe, at the model before unlearning."""
+    import torch
+
+    from unlearn.loss import Loss
+
+    layer = cfg.method.get("layer")
+    noise = None
+    if layer is not None:
+        noise = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(cfg.seed)).to(model.device)
+        utils.save_tensors(folder / "noise.safetensors", {"noise": noise})
+    return Loss(
+        objective=instantiate(cfg.method.objective),
+        retain=instantiate(cfg.retain.term),
+        weight=cfg.retain.weight,
+        layer=layer,
+        noise=noise,
+        reference=copy.deepcopy(model).requires_grad_(False).eval() if cfg.retain.reference else None,
+    )
+
+
+if __name__ == "__main__":
+    utils.cli(run, "forget")

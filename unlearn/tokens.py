@@ -1,0 +1,128 @@
+"""One forward pass over a batch, and the label tokens' numbers that every objective is a function of.
+
+Letters: B rows, T positions, M label tokens of the batch (in row-major order), V vocabulary, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100  # the label of a token that carries no loss
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many label tokens and rows the whole step (or the whole set) has, over all micro-batches and processes."""
+
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The label tokens of some rows under the model, with what an objective asked for beside.
+
+    Attributes:
+        nll: (M,) nats, l_t = -log p(y_t | y_<t, x; theta), float32 or wider.
+        row: (M,) which of the `n_rows` rows each token belongs to.
+        logits: (M, V), float32 or wider.
+        hidden: (M, d) output of the chosen layer at the position that predicts the token, or None.
+        ref_nll: (M,) nats, l_t under the reference model, or None.
+        ref_logits: (M, V) of the reference model, or None.
+        noise: (d,) the run's fixed random vector, uniform on [0, 1), or None.
+    """
+
+    nll: Tensor
+    row: Tensor
+    n_rows: int
+    logits: Tensor
+    hidden: Tensor | None = None
+    ref_nll: Tensor | None = None
+    ref_logits: Tensor | None = None
+    noise: Tensor | None = None
+
+    def sum_rows(self, values: Tensor) -> Tensor:
+        """(M,) -> (n_rows,): the sum of `values` over each row's tokens."""
+        return values.new_zeros(self.n_rows).index_add(0, self.row, values)
+
+    def split(self, n: int) -> tuple[Tokens, Tokens]:
+        """The tokens of the first `n` rows, and those of the rest."""
+        m = int((self.row < n).sum())
+        first = {f.name: _cut(getattr(self, f.name), slice(None, m)) for f in fields(self)}
+        rest = {f.name: _cut(getattr(self, f.name), slice(m, None)) for f in fields(self)}
+        rest["row"] = rest["row"] - n
+        return Tokens(**first | {"n_rows": n}), Tokens(**rest | {"n_rows": self.n_rows - n})
+
+
+def _cut(value: Any, part: slice) -> Any:
+    return value[part] if isinstance(value, Tensor) else value
+
+
+def label_positions(labels: Tensor) -> Tensor:
+    """(B, T) labels -> (M,) indices into B * T of the positions that predict a label token."""
+    predicts = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # position t predicts token t + 1
+    return predicts.flatten().nonzero().squeeze(1)
+
+
+@contextmanager
+def head_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Form logits at `positions` (indices into B * T) only: the output head sees (1, M, d) in place of (B, T, d)."""
+
+    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].flatten(0, 1)[positions].unsqueeze(0), *args[1:])
+
+    handle = unwrap(model).get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The Hugging Face model inside a DistributedDataParallel one, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: int | None = None) -> Tokens:
+    """Run `model` on a padded batch and return its label tokens' numbers.
+
+    Args:
+        model: a causal LM of transformers, possibly wrapped by DistributedDataParallel.
+        batch: `input_ids`, `attention_mask` and `labels`, each (B, T); the labels are not shifted and `IGNORE` where no loss is.
+        layer: also record the output of this layer: 0 the embeddings, the model's depth after the final norm.
+
+    Raises:
+        ValueError: the model has no layer of that number.
+    """
+    depth = unwrap(model).config.num_hidden_layers
+    if layer is not None and not 0 <= layer <= depth:
+        raise ValueError(f"layer {layer}: the model has layers 0 (its embeddings) to {depth} (after its final norm)")
+    labels = batch["labels"]
+    at = label_positions(labels)
+    with head_at(model, at):
+        out = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+            output_hidden_states=layer is not None,
+        )
+    logits = widen(out.logits.squeeze(0))  # (M, V)
+    return Tokens(
+        nll=F.cross_entropy(logits, labels.flatten()[at + 1], reduction="none"),
+        row=at // labels.shape[1],
+        n_rows=labels.shape[0],
+        logits=logits,
+        hidden=None if layer is None else widen(out.hidden_states[layer]).flatten(0, 1)[at],
+    )
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32: a loss is never computed from half-precision logits."""
+    return x if x.dtype == torch.float64 else x.float()
