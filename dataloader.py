@@ -124,7 +124,9 @@ class StepBatches(Dataset[dict[str, Any]]):
     tokens and rows of the whole step; and `ref_nll` (label tokens of the forget rows) where the rows have it.
     """
 
-    def __init__(self, forget: list[Row], retain: list[Row], steps: int, batch_size: int, batches_per_step: int, seed: int, pad: int):
+    def __init__(
+        self, forget: list[Row], retain: list[Row], steps: int, batch_size: int, batches_per_step: int, seed: int, pad: int
+    ):
         self.forget, self.retain, self.pad = forget, retain, pad
         self.batch_size, self.batches_per_step, self.steps = batch_size, batches_per_step, steps
         self.step_size = batch_size * batches_per_step

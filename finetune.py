@@ -25,7 +25,9 @@ def prepare(cfg: DictConfig) -> utils.Family:
     if not family.from_scratch:
         utils.check_checkpoint("hf_key", family.hf_key)
     if cfg.save_dir is None:
-        cfg.save_dir = str(utils.finetuned_folder(family, cfg.split, cfg.lr, cfg.num_epochs, cfg.weight_decay)) + utils.override_suffix(cfg, "finetune")
+        cfg.save_dir = str(
+            utils.finetuned_folder(family, cfg.split, cfg.lr, cfg.num_epochs, cfg.weight_decay)
+        ) + utils.override_suffix(cfg, "finetune")
     return family
 
 
@@ -37,6 +39,7 @@ def run(cfg: DictConfig) -> None:
         return utils.say(f"{folder} is fine-tuned already")
 
     import dataloader
+    from unlearn.checkpoints import load_model, load_tokenizer, new_model, pad_id, save_into
     from unlearn.loss import Loss
     from unlearn.objectives import mean_nll
     from unlearn.training import train
@@ -46,15 +49,18 @@ def run(cfg: DictConfig) -> None:
     utils.open_run(folder, cfg)
     if family.from_scratch:
         texts = [family.prompt(row["question"]) + row["answer"] for row in dataloader.finetune_rows(cfg, "full")]
-        tokenizer, model = utils.new_model(family, texts, cfg.seed)
+        tokenizer, model = new_model(family.hf_key, texts, cfg.seed)
     else:
-        tokenizer, model = utils.load_tokenizer(family.hf_key, family), utils.load_model(family.hf_key, family)
+        tokenizer, model = (
+            load_tokenizer(family.hf_key, family.hf_key),
+            load_model(family.hf_key, utils.device(), family.flash_attention2),
+        )
 
     tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length)
-    batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), utils.pad_id(tokenizer))
+    batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), pad_id(tokenizer))
     train(model, Loss(mean_nll), batches, utils.training_settings(cfg, family, steps, per_epoch), folder)
     if utils.is_main_process():
-        utils.save_into(folder, model, tokenizer, cfg.save_dtype)
+        save_into(folder, model, tokenizer, cfg.save_dtype)
     utils.say(f"{steps} steps done; the model is in {folder}")
 
 

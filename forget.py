@@ -48,18 +48,21 @@ def run(cfg: DictConfig) -> None:
     if utils.is_checkpoint(folder / f"checkpoint-{steps}") and not (folder / "resume").exists():
         return utils.say(f"{folder} is done already: {steps} steps")
 
+    from unlearn.checkpoints import load_model, load_tokenizer, pad_id, save_checkpoint
     from unlearn.scores import token_mean, token_nlls
     from unlearn.training import train
 
-    tokenizer, model = utils.load_tokenizer(cfg.model_path, family), utils.load_model(cfg.model_path, family)
-    pad, bf16 = utils.pad_id(tokenizer), utils.use_bfloat16(cfg.dtype, family)
+    tokenizer, model = (
+        load_tokenizer(cfg.model_path, family.hf_key),
+        load_model(cfg.model_path, utils.device(), family.flash_attention2),
+    )
+    pad, bf16 = pad_id(tokenizer), utils.use_bfloat16(cfg.dtype, family)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
     measured = {"forget": tokenize(data.forget), "retain": tokenize(data.held_out)}
     if cfg.method.answers == "idk":
         measured["idk"] = tokenize(dataloader.idk_rows(data.forget, cfg.seed))
     nlls = partial(token_nlls, collate=partial(dataloader.collate, pad=pad), bf16=bf16)
 
-    model.to(utils.device())
     start = {name: nlls(model, rows, what=f"{name} loss before") for name, rows in measured.items()}
     target = measured.get("idk", measured["forget"])
     if cfg.method.reference:  # the model before unlearning is the reference, and this pass its log-probabilities
@@ -68,8 +71,10 @@ def run(cfg: DictConfig) -> None:
     batches = dataloader.step_batches(cfg, target, retain, steps, utils.processes(), pad)
 
     began = time.time()
-    publish = partial(utils.save_checkpoint, folder, tokenizer, cfg.save_dtype)
-    train(model, build_loss(cfg, model, folder), batches, utils.training_settings(cfg, family, steps, per_epoch), folder, publish)
+    publish = partial(save_checkpoint, folder, tokenizer, cfg.save_dtype)
+    train(
+        model, build_loss(cfg, model, folder), batches, utils.training_settings(cfg, family, steps, per_epoch), folder, publish
+    )
     seconds = time.time() - began
     end = {name: nlls(model, rows, what=f"{name} loss after") for name, rows in measured.items()}
     losses = {name: {"start": token_mean(start[name]), "end": token_mean(end[name])} for name in measured}
@@ -83,6 +88,7 @@ def run(cfg: DictConfig) -> None:
 def build_loss(cfg: DictConfig, model: PreTrainedModel, folder: Path) -> Loss:
     """The loss that the method's and the retain term's YAML describe, at the model before unlearning."""
     import torch
+    from safetensors.torch import save_file
 
     from unlearn.loss import Loss
 
@@ -90,7 +96,8 @@ def build_loss(cfg: DictConfig, model: PreTrainedModel, folder: Path) -> Loss:
     noise = None
     if layer is not None:
         noise = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(cfg.seed)).to(model.device)
-        utils.save_tensors(folder / "noise.safetensors", {"noise": noise})
+        if utils.is_main_process():
+            save_file({"noise": noise.cpu()}, folder / "noise.safetensors")
     return Loss(
         objective=instantiate(cfg.method.objective),
         retain=instantiate(cfg.retain.term),

@@ -5,18 +5,18 @@ Nothing here imports torch before it must: a mistyped command is answered at onc
 
 from __future__ import annotations
 
+import csv
 import functools
+import io
 import json
 import math
 import os
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -27,7 +27,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from unlearn.training import Settings
 
@@ -44,7 +43,7 @@ HUB_TOFU = "locuslab/TOFU"
 UNNAMED = {
     *("model_family", "split", "lr", "num_epochs", "weight_decay", "hyper_param", "method.layer"),
     *("model_path", "hf_key", "data_path", "forget_data", "retain_data", "save_dir", "output_dir"),
-    *("gradient_checkpointing", "save_steps", "save_dtype", "debug"),
+    *("gradient_checkpointing", "save_steps", "save_dtype", "debug", "method.name", "method.run_name", "retain.name"),
 }
 PLACES = {"save_dir", "output_dir", "debug", "save_steps", "gradient_checkpointing"}  # may differ when a run is started again
 
@@ -93,7 +92,7 @@ def _keeping(failed: list[Exception], run: Callable[[DictConfig], Any]) -> Calla
     return job
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     raise ValueError(f"{message}; settings are key=value, and the flags are Hydra's (--help lists them)")
 
 
@@ -147,6 +146,8 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_length": _number(2, whole=True),
     "hyper_param": _number(-math.inf),
     "retain.weight": _number(0),
+    "ds_size": _number(1, whole=True),
+    "generation.max_length": _number(2, whole=True),
     "dtype": _one_of("auto", "float32", "bfloat16"),
     "save_dtype": _one_of("float32", "bfloat16"),
     "optim": _one_of("adamw_torch_fused", "adamw_torch", "sgd", "adafactor"),
@@ -154,7 +155,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss_on_answer_tag": BOOL,
     "debug": BOOL,
 }
-NULLABLE = {"lr", "num_epochs", "save_steps", "retain_holdout", "hyper_param", "gradient_checkpointing"}
+NULLABLE = {"lr", "num_epochs", "save_steps", "retain_holdout", "hyper_param", "gradient_checkpointing", "ds_size"}
 
 
 def check_values(cfg: DictConfig, config_name: str) -> None:
@@ -162,7 +163,7 @@ def check_values(cfg: DictConfig, config_name: str) -> None:
     known = flatten(_defaults(cfg, config_name))
     for key, value in flatten(cfg).items():
         if key not in known:
-            raise ValueError(f"unknown key '{key}'; the configuration has {', '.join(k for k in known if '_' != k[0])}")
+            raise ValueError(f"unknown key '{key}'; the configuration has {', '.join(k for k in known if k[0] != '_')}")
         fits, what = VALID.get(key) or _like(key, known[key])
         if not fits(value) and not (value is None and (key in NULLABLE or known[key] is None)):
             raise ValueError(f"{key}={value}: needs to be {what}")
@@ -198,10 +199,12 @@ def prepare(cfg: DictConfig, config_name: str) -> Family:
     """Check the settings' values and fill in those that the model family decides; returns the family."""
     if OmegaConf.is_missing(cfg, "model_family"):
         raise ValueError(f"model_family is missing; the families are {', '.join(load_families())}")
-    family = load_family(cfg.model_family, hf_key=cfg.hf_key, data_path=cfg.data_path, loss_on_answer_tag=cfg.loss_on_answer_tag)
+    family = load_family(
+        cfg.model_family, hf_key=cfg.hf_key, data_path=cfg.data_path, loss_on_answer_tag=cfg.loss_on_answer_tag
+    )
     check_values(cfg, config_name)
     cfg.model_family, cfg.hf_key, cfg.data_path = family.name, find_path(family.hf_key), find_path(family.data_path)
-    if cfg.gradient_checkpointing is None:
+    if cfg.get("gradient_checkpointing", True) is None:
         cfg.gradient_checkpointing = family.gradient_checkpointing
     return replace(family, hf_key=cfg.hf_key, data_path=cfg.data_path)
 
@@ -215,7 +218,9 @@ def count_steps(cfg: DictConfig, rows: int) -> tuple[int, int]:
     size = cfg.batch_size * cfg.gradient_accumulation_steps * processes()
     steps = math.floor(cfg.num_epochs * rows / size)
     if steps == 0:
-        raise ValueError(f"num_epochs={cfg.num_epochs} of {rows} rows are less than one step of {size} rows (batch x accumulation x processes)")
+        raise ValueError(
+            f"num_epochs={cfg.num_epochs} of {rows} rows are no whole step of {size} rows (batch x accumulation x processes)"
+        )
     return steps, max(1, rows // size)
 
 
@@ -261,7 +266,7 @@ def load_family(name: str, **overrides: Any) -> Family:
     if entry is None:
         raise ValueError(f"model_family={name}: unknown; the families of config/model_config.yaml are {', '.join(entries)}")
     known = {field.name: field for field in fields(Family)}
-    values = {key: _as_bool(value) if known[key].type == "bool" else value for key, value in entry.items() if key in known}
+    values: dict[str, Any] = {k: _as_bool(v) if known[k].type == "bool" else v for k, v in entry.items() if k in known}
     values |= {key: value for key, value in overrides.items() if value is not None}
     try:
         return Family(**{"name": name} | values)
@@ -276,7 +281,9 @@ def _as_bool(value: Any) -> bool:
 # ---- run folders ----
 
 
-def finetuned_folder(family: Family, split: str = "full", lr: float | None = None, epochs: float | None = None, wd: float = 0.0) -> Path:
+def finetuned_folder(
+    family: Family, split: str = "full", lr: float | None = None, epochs: float | None = None, wd: float = 0.0
+) -> Path:
     """Where finetune.py puts a model of the family by itself."""
     lr, epochs = family.finetune_lr if lr is None else lr, family.finetune_epochs if epochs is None else epochs
     return Path("data/weight", f"ft_epoch{epochs:g}_lr{float(lr)}_{family.name}_{split}_wd{float(wd)}")
@@ -348,6 +355,14 @@ def say(message: str) -> None:
         print(message, file=sys.stderr)
 
 
+def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(file, text.getvalue())
+
+
 # ---- checkpoints and data, before they are loaded ----
 
 
@@ -371,7 +386,9 @@ def check_finetune_data(cfg: DictConfig) -> None:
     if cfg.forget_data is None and cfg.retain_data is None:
         check_split(cfg.data_path, cfg.split)
     elif cfg.split != "full" and cfg.retain_data is None:
-        raise ValueError(f"split={cfg.split}: forget_data alone has no rows to retain; give retain_data=FILE too, or split=full")
+        raise ValueError(
+            f"split={cfg.split}: forget_data alone has no rows to retain; give retain_data=FILE too, or split=full"
+        )
     check_files(cfg)
 
 
@@ -444,44 +461,7 @@ def on_hub(name: str, repo_type: str) -> bool:
         return False
 
 
-# ---- models and tokenizers ----
-
-
-def load_tokenizer(path: str, family: Family) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, else the family's."""
-    from transformers import AutoTokenizer
-
-    bare = Path(path).is_dir() and not any(Path(path).glob("tokenizer*"))
-    return AutoTokenizer.from_pretrained(family.hf_key if bare else path)
-
-
-def load_model(path: str, family: Family) -> PreTrainedModel:
-    """The checkpoint as a float32 causal LM, with flash-attn where the family wants it and it is there, else SDPA."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import is_flash_attn_2_available
-
-    flash = family.flash_attention2 and torch.cuda.is_available() and is_flash_attn_2_available()
-    attention = "flash_attention_2" if flash else "sdpa"
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
-
-
-def new_model(family: Family, texts: list[str], seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """A model of the family's config.json with random weights, and a byte-level BPE tokenizer trained on `texts`."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
-
-    config = AutoConfig.from_pretrained(family.hf_key)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, config.vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
-    config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
-    set_seed(seed)
-    return tokenizer, AutoModelForCausalLM.from_config(config)
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+# ---- training ----
 
 
 def use_bfloat16(dtype: str, family: Family) -> bool:
@@ -519,48 +499,3 @@ def device() -> torch.device:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available()).device
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill, renamed into place at the end: it is whole or absent."""
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    yield beside
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.replace(folder)
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
-    """What `from_pretrained` loads, weights in `dtype`."""
-    import torch
-
-    kind = getattr(torch, dtype)
-    weights = {name: weight.to(kind) for name, weight in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
-
-
-def save_checkpoint(run: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, model: PreTrainedModel, step: int) -> None:
-    """The run's `checkpoint-<step>`, whole or absent."""
-    with written_whole(run / f"checkpoint-{step}") as folder:
-        save_model(model, tokenizer, folder, dtype)
-
-
-def save_into(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
-    """The model in the run's folder itself, its config.json last: without it there is no checkpoint."""
-    with written_whole(folder / "model") as beside:
-        save_model(model, tokenizer, beside, dtype)
-    for file in sorted((folder / "model").iterdir(), key=lambda file: file.name == "config.json"):
-        file.replace(folder / file.name)
-    (folder / "model").rmdir()
-
-
-def save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    if is_main_process():
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, file)

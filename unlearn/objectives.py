@@ -74,7 +74,8 @@ def rmu(tokens: Tokens, counts: Counts, c: float, normalize: bool = False) -> Te
 
     The published G-effect code does not normalise u (the run's `noise`); `normalize` is the original RMU.
     """
-    assert tokens.hidden is not None and tokens.noise is not None
+    assert tokens.hidden is not None
+    assert tokens.noise is not None
     u = tokens.noise / tokens.noise.norm() if normalize else tokens.noise
     return (tokens.hidden - c * u).square().mean(dim=1).sum() / counts.tokens
 

@@ -43,7 +43,12 @@ def token_mean(nlls: Sequence[Tensor]) -> float:
 
 
 def greedy_answers(
-    model: PreTrainedModel, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, bf16: bool, max_length: int = 200, batch_size: int = 16
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    bf16: bool,
+    max_length: int = 200,
+    batch_size: int = 16,
 ) -> list[str]:
     """What the model answers to each row's prompt by greedy decoding, prompt and answer `max_length` tokens at most."""
 
@@ -56,7 +61,7 @@ def greedy_answers(
             ids[i, width - len(prompt) :] = prompt
             mask[i, width - len(prompt) :] = 1
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            out = model.generate(
+            out = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 do_sample=False,
@@ -79,7 +84,9 @@ def rouge_l_recalls(answers: Sequence[str], truths: Sequence[str]) -> list[float
 
 
 @torch.no_grad()
-def _over_rows(model: PreTrainedModel, rows: Sequence[Row], measure: Callable[[list[Row]], list[Any]], batch_size: int, what: str) -> list[Any]:
+def _over_rows(
+    model: PreTrainedModel, rows: Sequence[Row], measure: Callable[[list[Row]], list[Any]], batch_size: int, what: str
+) -> list[Any]:
     """`measure` on batches of rows of like length, this process's share of them; the results of all, in the rows' order."""
     state = PartialState()
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
@@ -87,7 +94,9 @@ def _over_rows(model: PreTrainedModel, rows: Sequence[Row], measure: Callable[[l
     training = model.training
     model.eval()
     found: list[tuple[int, Any]] = []
-    for batch in tqdm(batches[state.process_index :: state.num_processes], desc=what, disable=not state.is_main_process, leave=False):
+    for batch in tqdm(
+        batches[state.process_index :: state.num_processes], desc=what, disable=not state.is_main_process, leave=False
+    ):
         found += zip(batch, measure([rows[i] for i in batch]), strict=True)
     model.train(training)
     everywhere = dict(gather_object(found))

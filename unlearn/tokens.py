@@ -95,7 +95,7 @@ def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: int | None 
 
     Args:
         model: a causal LM of transformers, possibly wrapped by DistributedDataParallel.
-        batch: `input_ids`, `attention_mask` and `labels`, each (B, T); the labels are not shifted and `IGNORE` where no loss is.
+        batch: `input_ids`, `attention_mask` and `labels`, each (B, T); labels not shifted, `IGNORE` where no loss is.
         layer: also record the output of this layer: 0 the embeddings, the model's depth after the final norm.
 
     Raises:

@@ -49,21 +49,22 @@ class StepTrainer(Trainer):
         # A compute_loss_func tells Trainer that the loss needs no division by the accumulation steps.
         super().__init__(data_collator=lambda items: items[0], compute_loss_func=loss, **kwargs)
         self.loss = loss
+        self.batches = kwargs["train_dataset"]
         self._parts: dict[str, Tensor] = {}
         if loss.reference is not None:
             self.accelerator.prepare_model(loss.reference, evaluation_mode=True)  # device and autocast, no DDP
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self.batches)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         return [next(epoch_iterator) for _ in range(num_batches)], None  # the batches carry their counts
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], **_: Any) -> Tensor:  # type: ignore[override]
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         parts = self.loss(model, inputs)
         for name, part in parts.items():
             self._parts[name] = self._parts.get(name, 0) + part.detach()
-        return sum(parts.values()) * self.accelerator.num_processes  # type: ignore[return-value]
+        return sum(parts.values()) * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the loss's parts to the step's line. Raises FloatingPointError where the loss is not finite."""
@@ -73,7 +74,9 @@ class StepTrainer(Trainer):
             self._parts = {}
         super().log(logs, *args, **kwargs)
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(f"step {self.state.global_step}: the loss is {logs['loss']}; stopped, the last checkpoint is kept")
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the loss is {logs['loss']}; stopped, the last checkpoint is kept"
+            )
 
 
 class StepLog(TrainerCallback):
@@ -89,7 +92,8 @@ class StepLog(TrainerCallback):
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
             self.path.write_text("".join(line + "\n" for line in kept))
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         if state.is_world_process_zero and "loss" in logs:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step} | logs) + "\n")
@@ -101,11 +105,11 @@ class Publish(TrainerCallback):
     def __init__(self, publish: Callable[[PreTrainedModel, int], None] | None, resume: Path) -> None:
         self.publish, self.resume = publish, resume
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
             if self.publish is not None:
-                self.publish(model, state.global_step)
+                self.publish(kwargs["model"], state.global_step)
             newest = self.resume / f"checkpoint-{state.global_step}"
             (newest / WHOLE).touch()
             for older in set(self.resume.glob("checkpoint-*")) - {newest}:

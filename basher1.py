@@ -1,0 +1,114 @@
+"""Unlearn with one of the methods, the short way: names the method, the retain term and the run as the papers do.
+
+    python basher1.py ga --model=llama --cuda_id=3 --setting=forget05 --hyper=2
+    python basher1.py npo_kl --model=tiny --setting=forget10 seed=1
+
+It prints the forget.py command that it runs, and its exit code is that command's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent
+ALIASES = {
+    "grad_ascent": "ga",
+    "ins_npo": "tnpo",
+    "w_ins_npo": "wtnpo",
+    "po": "idk",
+    "grad_diff": "gd",
+    "KL": "kl",
+}
+RETAIN = ("gd", "kl")
+
+
+def parse_method(name: str) -> list[str]:
+    """A method's name, with its number and its retain term, as forget.py's settings: rmu_21_kl, npo_gd, wtnpo_0.5, ..."""
+    methods = sorted(file.stem for file in (ROOT / "config" / "method").glob("*.yaml"))
+
+    def parse(name: str) -> list[str] | None:
+        if (known := ALIASES.get(name, name)) in methods:
+            return [f"method={known}"]
+        stem, _, last = name.rpartition("_")
+        base = parse(stem) if stem else None
+        if base == ["method=rmu"] and last.isdigit():
+            return ["method=rmu", f"method.layer={last}"]
+        if base == ["method=wtnpo"] and re.fullmatch(r"\d+(\.\d+)?", last):
+            return ["method=wtnpo", f"method.alpha={float(last):g}"]
+        return None
+
+    stem, _, last = name.rpartition("_")
+    if (settings := parse(name)) is not None:
+        return settings
+    if last in RETAIN and (settings := parse(stem)) is not None:
+        return [*settings, f"retain={last}"]
+    raise ValueError(
+        f"method {name}: unknown; there are {', '.join(methods)}, their other names {', '.join(ALIASES)},"
+        f" rmu_LAYER and wtnpo_ALPHA, each with an optional _{' or _'.join(RETAIN)}"
+    )
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = _refuse  # type: ignore[method-assign]
+    parser.add_argument(
+        "method", help="ga, wga, npo, tnpo, wtnpo, rmu_LAYER, idk, gd, kl, ..., each with an optional _gd or _kl"
+    )
+    parser.add_argument("--model", required=True, help="a family of config/model_config.yaml")
+    parser.add_argument("--setting", required=True, help="the split to unlearn: forget01, forget05 or forget10")
+    parser.add_argument(
+        "--hyper", type=float, help="the method's number (for gd and kl the retain term's weight); left out: its default"
+    )
+    parser.add_argument("--cuda_id", type=int, help="which GPU; left out: what is there")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="further settings of forget.py")
+    return parser.parse_intermixed_args(argv)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def choose_device(cuda_id: int | None) -> dict[str, str]:
+    """The environment that shows the command one GPU only. Raises ValueError where there are GPUs, but not that one."""
+    if cuda_id is None:
+        return {}
+    import torch
+
+    n = torch.cuda.device_count()
+    if n == 0:
+        print(f"basher1.py: --cuda_id={cuda_id}: no GPU here, on the CPU then", file=sys.stderr)
+        return {}
+    if not 0 <= cuda_id < n:
+        raise ValueError(f"--cuda_id={cuda_id}: no such GPU; there are {', '.join(map(str, range(n)))}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[cuda_id] if visible else str(cuda_id)}
+
+
+def command(args: argparse.Namespace) -> list[str]:
+    """The forget.py command that the arguments stand for."""
+    settings = [f"model_family={args.model}", f"split={args.setting}", *parse_method(args.method)]
+    settings += [] if args.hyper is None else [f"hyper_param={args.hyper:g}"]
+    return [sys.executable, str(ROOT / "forget.py"), *settings, *args.overrides]
+
+
+def main(argv: list[str]) -> int:
+    try:
+        args = parse_args(argv)
+        line = command(args)
+        environment = choose_device(args.cuda_id)
+    except ValueError as error:
+        print(f"basher1.py: {error}", file=sys.stderr)
+        return 2
+    print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *line]), flush=True)
+    return subprocess.run(line, env=os.environ | environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

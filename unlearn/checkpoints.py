@@ -1,0 +1,87 @@
+"""Models and tokenizers from and to folders that `from_pretrained` loads, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from transformers.utils import is_flash_attn_2_available
+
+
+def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, else the one at `fallback`."""
+    bare = Path(path).is_dir() and not any(Path(path).glob("tokenizer*"))
+    return AutoTokenizer.from_pretrained(fallback if bare else path)
+
+
+def load_model(path: str, device: torch.device, flash_attention: bool = False) -> PreTrainedModel:
+    """The checkpoint as a float32 causal LM, with flash-attn where it is wanted and there, else SDPA."""
+    flash = flash_attention and torch.cuda.is_available() and is_flash_attn_2_available()
+    attention = "flash_attention_2" if flash else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def new_model(path: str, texts: list[str], seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """A model of the config.json at `path` with random weights, and a byte-level BPE tokenizer trained on `texts`."""
+    config = AutoConfig.from_pretrained(path)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, config.vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
+    set_seed(seed)
+    return tokenizer, AutoModelForCausalLM.from_config(config)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill, renamed into place at the end: it is whole or absent."""
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.replace(folder)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
+    """What `from_pretrained` loads, weights in `dtype`."""
+    kind = getattr(torch, dtype)
+    weights = {name: weight.to(kind) for name, weight in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+
+
+def save_checkpoint(run: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, model: PreTrainedModel, step: int) -> None:
+    """The run's `checkpoint-<step>`, whole or absent."""
+    with written_whole(run / f"checkpoint-{step}") as folder:
+        save_model(model, tokenizer, folder, dtype)
+
+
+def save_into(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
+    """The model in the run's folder itself, its config.json last: without it there is no checkpoint."""
+    with written_whole(folder / "model") as beside:
+        save_model(model, tokenizer, beside, dtype)
+    for file in sorted((folder / "model").iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(folder / file.name)
+    (folder / "model").rmdir()
