@@ -10,49 +10,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
 
+from utils import check_forget_split, load_family, parse_method
+
 ROOT = Path(__file__).resolve().parent
-ALIASES = {
-    "grad_ascent": "ga",
-    "ins_npo": "tnpo",
-    "w_ins_npo": "wtnpo",
-    "po": "idk",
-    "grad_diff": "gd",
-    "KL": "kl",
-}
-RETAIN = ("gd", "kl")
-
-
-def parse_method(name: str) -> list[str]:
-    """A method's name, with its number and its retain term, as forget.py's settings: rmu_21_kl, npo_gd, wtnpo_0.5, ..."""
-    methods = sorted(file.stem for file in (ROOT / "config" / "method").glob("*.yaml"))
-
-    def parse(name: str) -> list[str] | None:
-        if (known := ALIASES.get(name, name)) in methods:
-            return [f"method={known}"]
-        stem, _, last = name.rpartition("_")
-        base = parse(stem) if stem else None
-        if base == ["method=rmu"] and last.isdigit():
-            return ["method=rmu", f"method.layer={last}"]
-        if base == ["method=wtnpo"] and re.fullmatch(r"\d+(\.\d+)?", last):
-            return ["method=wtnpo", f"method.alpha={float(last):g}"]
-        return None
-
-    stem, _, last = name.rpartition("_")
-    if (settings := parse(name)) is not None:
-        return settings
-    if last in RETAIN and (settings := parse(stem)) is not None:
-        return [*settings, f"retain={last}"]
-    raise ValueError(
-        f"method {name}: unknown; there are {', '.join(methods)}, their other names {', '.join(ALIASES)},"
-        f" rmu_LAYER and wtnpo_ALPHA, each with an optional _{' or _'.join(RETAIN)}"
-    )
+USAGE = "basher1.py METHOD --model=FAMILY --setting=forget01|forget05|forget10 [--hyper=NUMBER] [--cuda_id=GPU] [key=value ...]"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -72,7 +39,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(message)
+    raise ValueError(f"{message}; usage: {USAGE}")
 
 
 def choose_device(cuda_id: int | None) -> dict[str, str]:
@@ -92,7 +59,9 @@ def choose_device(cuda_id: int | None) -> dict[str, str]:
 
 
 def command(args: argparse.Namespace) -> list[str]:
-    """The forget.py command that the arguments stand for."""
+    """The forget.py command that the arguments stand for. Raises ValueError for an unknown method, family or split."""
+    load_family(args.model)
+    check_forget_split(args.setting)
     settings = [f"model_family={args.model}", f"split={args.setting}", *parse_method(args.method)]
     settings += [] if args.hyper is None else [f"hyper_param={args.hyper:g}"]
     return [sys.executable, str(ROOT / "forget.py"), *settings, *args.overrides]

@@ -32,23 +32,27 @@ Row = dict[str, Tensor]  # input_ids and labels, each (T,); ref_nll, (label toke
 
 def read_split(data_path: str, name: str) -> list[dict[str, Any]]:
     """The rows of split `name` of TOFU, on the hub or in a local folder of its layout."""
-    from datasets import load_dataset
-
     file = Path(data_path, f"{name}.json")
     if file.exists():
         return read_jsonl(file)
+    from datasets import load_dataset
+
     return load_dataset(data_path, name, split="train").to_list()
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file. Raises ValueError where a line is none, or where there are none."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut a text at U+2028 or U+0085, too
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: not a JSON object ({line.strip():.40})")
+            rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows

@@ -31,6 +31,8 @@ def prepare(cfg: DictConfig) -> utils.Family:
     utils.check_forget_data(cfg)
     cfg.model_path = utils.original_model(family) if cfg.model_path is None else utils.find_path(cfg.model_path)
     utils.check_checkpoint("model_path", cfg.model_path)
+    if "layer" in cfg.method:
+        utils.check_layer(cfg.model_path, cfg.method.layer)
     if cfg.save_dir is None:
         cfg.save_dir = str(utils.run_folder(cfg)) + utils.override_suffix(cfg, "forget")
     return family

@@ -19,6 +19,8 @@ def prepare(cfg: DictConfig) -> utils.Family:
     """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
     family = utils.prepare(cfg, "eval_tofu")
     utils.check_forget_data(cfg)
+    if not cfg.model_path:
+        raise ValueError("model_path is missing: the folder (or hub name) of the model to evaluate")
     cfg.model_path = utils.find_path(cfg.model_path)
     utils.check_checkpoint("model_path", cfg.model_path)
     if cfg.save_dir is None:

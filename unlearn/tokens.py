@@ -58,7 +58,8 @@ class Tokens:
         first = {f.name: _cut(getattr(self, f.name), slice(None, m)) for f in fields(self)}
         rest = {f.name: _cut(getattr(self, f.name), slice(m, None)) for f in fields(self)}
         rest["row"] = rest["row"] - n
-        return Tokens(**first | {"n_rows": n}), Tokens(**rest | {"n_rows": self.n_rows - n})
+        whole = {"noise": self.noise}  # the run's, not a token's
+        return Tokens(**first | whole | {"n_rows": n}), Tokens(**rest | whole | {"n_rows": self.n_rows - n})
 
 
 def _cut(value: Any, part: slice) -> Any:

@@ -1,0 +1,50 @@
+"""What the tests share: a folder to run commands in as a user types them, and tiny models trained once a session."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def run_in(folder: Path, command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command line in `folder` as typed, `python` and `torchrun` being those of this environment."""
+    words = shlex.split(command)
+    program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+    done = subprocess.run([*program, *words[1:]], cwd=folder, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def make_workplace(folder: Path) -> Path:
+    """A folder that looks like the project's own from inside, and keeps what commands write out of it."""
+    for file in ROOT.glob("*.py"):
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny model is fine-tuned on `full` by its own defaults; what comes after finds it by itself."""
+    folder = make_workplace(tmp_path_factory.mktemp("house"))
+    run_in(folder, "python finetune.py model_family=tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def young(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model after three epochs: enough for what does not depend on knowing anything."""
+    folder = tmp_path_factory.mktemp("young") / "model"
+    run_in(ROOT, f"python finetune.py model_family=tiny num_epochs=3 save_dir={folder}")
+    return folder

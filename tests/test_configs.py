@@ -1,0 +1,278 @@
+"""Every YAML composes and names functions that exist; families, run folders and the short names of methods."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import basher1
+import forget
+import utils
+
+CONFIG = ROOT / "config"
+PRIMARY = sorted(file.stem for file in CONFIG.glob("*.yaml") if file.stem not in ("model_config", "common"))
+METHODS = sorted(file.stem for file in (CONFIG / "method").glob("*.yaml"))
+RETAIN = sorted(file.stem for file in (CONFIG / "retain").glob("*.yaml"))
+
+
+def composed(*overrides: str, config: str = "forget") -> DictConfig:
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        return compose(config, list(overrides))
+
+
+def test_there_are_configs() -> None:
+    assert {"finetune", "forget", "eval_tofu"} <= set(PRIMARY)
+    assert {"ga", "wga", "npo", "tnpo", "wtnpo", "rmu", "idk", "gd", "kl"} <= set(METHODS)
+    assert set(RETAIN) == {"none", "gd", "kl"}
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+def test_primary(name: str) -> None:
+    cfg = composed("model_family=tiny", config=name)
+    assert OmegaConf.missing_keys(cfg) == set()
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    assert {"model_family", "seed", "batch_size", "dtype", "save_dir", "output_dir", "debug"} <= set(settings)
+    assert not cfg.debug
+    assert (CONFIG / f"{name}.yaml").read_text().startswith("# ")  # what it is, the command, where the results go
+
+
+@pytest.mark.parametrize("retain", RETAIN)
+@pytest.mark.parametrize("method", METHODS)
+def test_method_and_retain(method: str, retain: str) -> None:
+    cfg = composed("model_family=tiny", f"method={method}", *([] if method in ("gd", "kl") else [f"retain={retain}"]))
+    OmegaConf.to_container(cfg, resolve=True)
+    assert cfg.method.name == method
+    assert cfg.retain.name == (method if method in ("gd", "kl") else retain)
+    assert callable(instantiate(cfg.method.objective))
+    assert cfg.method.answers in ("forget", "idk")
+    assert cfg.retain.weight == (0 if cfg.retain.name == "none" else 1)
+    term = instantiate(cfg.retain.term)
+    assert term is None if cfg.retain.name == "none" else callable(term)
+    assert cfg.retain.reference == (cfg.retain.name == "kl")  # only its whole distribution needs the second model
+
+
+# ---- families ----
+
+
+@pytest.mark.parametrize("name", utils.load_families())
+def test_family(name: str) -> None:
+    family = utils.load_family(name)
+    assert family.name == ("llama2-7b" if name == "llama" else name)
+    assert family.hf_key
+    assert family.finetune_lr > 0
+    assert family.unlearn_lr > 0
+    assert "Who?" in family.prompt("Who?")
+
+
+def test_family_overrides() -> None:
+    assert utils.load_family("tiny").data_path == "data/sample"
+    assert utils.load_family("tiny", data_path="elsewhere", hf_key=None) == utils.load_family("tiny", data_path="elsewhere")
+    assert utils.load_family("llama") == utils.load_family("llama2-7b")
+    assert utils.load_family("llama").prompt("Who?") == "[INST] Who? [/INST]"
+    assert utils.load_family("phi").prompt("Who?") == "Question: Who?\nAnswer: "
+
+
+def test_entry_of_the_published_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its seven keys, booleans quoted or not, are enough; keys that we do not know do no harm."""
+    entry: dict[str, Any] = {
+        "hf_key": "some/model",
+        "question_start_tag": "### Q: ",
+        "question_end_tag": "\n",
+        "answer_tag": "### A: ",
+        "flash_attention2": "true",
+        "gradient_checkpointing": "false",
+        "ft_model_path": "some/finetuned",
+    }
+    entries = {"theirs": entry, "unquoted": entry | {"flash_attention2": False, "gradient_checkpointing": True, "of_theirs": 1}}
+    (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(entries | {"short": "theirs", "bare": {"hf_key": "some/model"}}))
+    monkeypatch.setattr(utils, "CONFIG", tmp_path)
+    family = utils.load_family("theirs")
+    assert (family.flash_attention2, family.gradient_checkpointing) == (True, False)
+    assert (family.finetune_lr, family.unlearn_lr, family.finetune_epochs) == (1e-5, 1e-5, 5)
+    assert (family.data_path, family.ft_model_path) == ("locuslab/TOFU", "some/finetuned")
+    assert family.prompt("Who?") == "### Q: Who?\n### A: "
+    other = utils.load_family("unquoted")
+    assert (other.flash_attention2, other.gradient_checkpointing) == (False, True)
+    assert utils.load_family("short") == family
+    with pytest.raises(ValueError, match=r"model_family=bare.*question_start_tag"):
+        utils.load_family("bare")
+
+
+# ---- folders ----
+
+
+@pytest.fixture
+def folder_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The folder that basher1's arguments, or forget.py's settings, lead to."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "on_hub", lambda name, repo_type: True)
+    monkeypatch.setattr(utils, "original_model", lambda family: "some/model")
+    monkeypatch.setattr(utils, "check_layer", lambda model_path, layer: None)
+
+    def folder_of(line: str) -> str:
+        words = line.split()
+        if not words[0].startswith("model_family="):
+            words = basher1.command(basher1.parse_args(words))[2:]
+        cfg = composed(*words)
+        forget.prepare(cfg)
+        return str(cfg.save_dir)
+
+    return folder_of
+
+
+@pytest.mark.parametrize(
+    ("line", "folder"),
+    [
+        ("ga --model=llama --setting=forget05 --hyper=2", "llama2-7b/ga_1e-05_forget05_5_0.0_2"),
+        ("ga --model=llama --setting=forget05", "llama2-7b/ga_1e-05_forget05_5_0.0_None"),
+        ("ga --model=phi --setting=forget10 --hyper=0.5", "phi/ga_2e-05_forget10_5_0.0_0.5"),
+        ("wga --model=llama --setting=forget05 --hyper=2.0", "llama2-7b/wga_1e-05_forget05_5_0.0_2"),
+        ("ins_npo --model=phi --setting=forget01", "phi/tnpo_2e-05_forget01_5_0.0_None"),
+        ("npo_kl --model=phi --setting=forget05", "phi/npo_kl_2e-05_forget05_5_0.0_None"),
+        ("rmu_2 --model=tiny --setting=forget10 --hyper=6", "tiny/rmu_2_0.0005_forget10_5_0.0_6"),
+        ("rmu_21_gd --model=llama --setting=forget10", "llama2-7b/rmu_21_gd_1e-05_forget10_5_0.0_None"),
+        ("KL --model=phi --setting=forget05 --hyper=3", "phi/kl_2e-05_forget05_5_0.0_3"),
+        ("gd --model=phi --setting=forget05", "phi/gd_2e-05_forget05_5_0.0_None"),
+        ("wtnpo_0.5 --model=phi --setting=forget05", "phi/wtnpo_2e-05_forget05_5_0.0_None_method.alpha=0.5"),
+        ("wtnpo_1.5 --model=phi --setting=forget05", "phi/wtnpo_2e-05_forget05_5_0.0_None"),
+        ("ga --model=phi --setting=forget05 seed=1", "phi/ga_2e-05_forget05_5_0.0_None_seed=1"),
+        ("ga --model=phi --setting=forget05 seed=1 batch_size=8", "phi/ga_2e-05_forget05_5_0.0_None_batch_size=8_seed=1"),
+        ("npo_kl --model=phi --setting=forget05 retain.weight=5", "phi/npo_kl_2e-05_forget05_5_0.0_None_retain.weight=5"),
+        ("ga --model=phi --setting=forget05 lr=1e-5 num_epochs=2.5 weight_decay=0.01", "phi/ga_1e-05_forget05_2.5_0.01_None"),
+        (
+            "rmu_2 --model=tiny --setting=forget10 method.normalize=true",
+            "tiny/rmu_2_0.0005_forget10_5_0.0_None_method.normalize=True",
+        ),
+        # nothing is appended for a default given explicitly, for a path, or for what leaves the weights alone
+        ("ga --model=phi --setting=forget05 seed=42 batch_size=4 optim=adamw_torch_fused", "phi/ga_2e-05_forget05_5_0.0_None"),
+        ("npo_kl --model=phi --setting=forget05 retain.weight=1", "phi/npo_kl_2e-05_forget05_5_0.0_None"),
+        ("ga --model=phi --setting=forget05 data_path=a/b model_path=c/d hf_key=e/f", "phi/ga_2e-05_forget05_5_0.0_None"),
+        ("ga --model=phi --setting=forget05 save_steps=1 save_dtype=bfloat16 debug=true", "phi/ga_2e-05_forget05_5_0.0_None"),
+        ("ga --model=phi --setting=forget05 gradient_checkpointing=true", "phi/ga_2e-05_forget05_5_0.0_None"),
+        ("model_family=phi split=forget05 method=npo retain=kl", "phi/npo_kl_2e-05_forget05_5_0.0_None"),
+        ("model_family=phi split=forget05 method=gd hyper_param=2", "phi/gd_2e-05_forget05_5_0.0_2"),
+    ],
+)
+def test_run_folder(folder_of: Any, line: str, folder: str) -> None:
+    assert folder_of(line) == f"icml/{folder}"
+
+
+def test_run_folder_is_where_the_user_says(folder_of: Any) -> None:
+    line = "ga --model=phi --setting=forget05 --hyper=2"
+    assert folder_of(f"{line} output_dir=out") == "out/phi/ga_2e-05_forget05_5_0.0_2"
+    assert folder_of(f"{line} save_dir=here") == "here"
+
+
+def test_finetuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where finetune.py puts a model of the family is where forget.py looks for it."""
+    tiny, phi = utils.load_family("tiny"), utils.load_family("phi")
+    assert str(utils.finetuned_folder(phi)) == "data/weight/ft_epoch5_lr2e-05_phi_full_wd0.0"
+    assert (
+        str(utils.finetuned_folder(tiny, "retain90", 2e-5, 2.5, 0.01)) == "data/weight/ft_epoch2.5_lr2e-05_tiny_retain90_wd0.01"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert utils.original_model(phi) == "locuslab/tofu_ft_phi-1.5"
+    here = utils.finetuned_folder(tiny)
+    assert str(here) == "data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0"
+    here.mkdir(parents=True)
+    with pytest.raises(ValueError, match="no fine-tuned model"):
+        utils.original_model(tiny)
+    for name in ("config.json", "model.safetensors"):
+        (here / name).touch()
+    assert utils.original_model(tiny) == str(here)
+
+
+# ---- the short names ----
+
+NAMES = {
+    "ga": ["method=ga"],
+    "grad_ascent": ["method=ga"],
+    "wga": ["method=wga"],
+    "npo": ["method=npo"],
+    "ins_npo": ["method=tnpo"],
+    "tnpo": ["method=tnpo"],
+    "w_ins_npo": ["method=wtnpo"],
+    "wtnpo": ["method=wtnpo"],
+    "wtnpo_0.5": ["method=wtnpo", "method.alpha=0.5"],
+    "w_ins_npo_2": ["method=wtnpo", "method.alpha=2"],
+    "rmu_21": ["method=rmu", "method.layer=21"],
+    "rmu_0": ["method=rmu", "method.layer=0"],
+    "idk": ["method=idk"],
+    "po": ["method=idk"],
+    "gd": ["method=gd"],
+    "grad_diff": ["method=gd"],
+    "kl": ["method=kl"],
+    "KL": ["method=kl"],
+}
+
+
+@pytest.mark.parametrize("suffix", ["", "_gd", "_kl"])
+@pytest.mark.parametrize("name", [*NAMES, *(method for method in METHODS if method not in NAMES)])
+def test_parse_method(name: str, suffix: str) -> None:
+    settings = NAMES.get(name, [f"method={name}"])
+    assert basher1.parse_method(name + suffix) == settings + ([f"retain={suffix[1:]}"] if suffix else [])
+
+
+@pytest.mark.parametrize("name", ["", "_kl", "ga_21", "npo_kl_gd", "rmu_", "rmu_-1", "rmu_1.5", "wtnpo_x", "rmu_kl_21", "GA"])
+def test_parse_method_refuses(name: str) -> None:
+    with pytest.raises(ValueError, match="unknown; there are ga, gd, idk"):
+        basher1.parse_method(name)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "default"),
+    [
+        ("wga", "method.objective.alpha", 5),
+        ("npo", "method.objective.beta", 0.5),
+        ("tnpo", "method.objective.beta", 4),
+        ("wtnpo", "method.objective.beta", 4),
+        ("rmu", "method.objective.c", 2),
+        ("gd", "retain.weight", 1),
+        ("kl", "retain.weight", 1),
+    ],
+)
+def test_hyper_param_reaches_its_argument(method: str, key: str, default: float) -> None:
+    assert OmegaConf.select(composed("model_family=tiny", f"method={method}"), key) == default
+    cfg = composed("model_family=tiny", f"method={method}", "hyper_param=3.5")
+    assert OmegaConf.select(cfg, key) == 3.5
+    if key.startswith("method.objective."):
+        assert instantiate(cfg.method.objective).keywords[key.rpartition(".")[2]] == 3.5
+        assert cfg.retain.weight == 0
+    assert {name for name, value in utils.flatten(cfg).items() if value == 3.5} == {key, "hyper_param"}  # and nothing else
+
+
+def test_npo_kl_has_two_numbers() -> None:
+    cfg = composed("model_family=tiny", "method=npo", "retain=kl", "hyper_param=2", "retain.weight=7")
+    assert (cfg.method.objective.beta, cfg.retain.weight) == (2, 7)
+    assert composed("model_family=tiny", "method=npo", "retain=kl", "hyper_param=2").retain.weight == 1
+
+
+def test_wtnpo_has_two_numbers() -> None:
+    cfg = composed("model_family=tiny", *basher1.parse_method("wtnpo_0.5"), "hyper_param=2")
+    assert instantiate(cfg.method.objective).keywords == {"beta": 2, "alpha": 0.5}
+
+
+def test_basher1_prints_the_published_numbers() -> None:
+    """5 epochs of 4 x 4 rows a step, a checkpoint every 5 steps, lr 2e-5 for phi and 1e-5 for llama."""
+    args = basher1.parse_args(["ga", "--model=llama", "--cuda_id=3", "--setting=forget05", "--hyper=2"])
+    assert args.cuda_id == 3
+    command = basher1.command(args)
+    assert command[:2] == [sys.executable, str(ROOT / "forget.py")]
+    cfg = composed(*command[2:])
+    assert (cfg.num_epochs, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.save_steps) == (5, 4, 4, 5)
+    assert (cfg.weight_decay, cfg.max_grad_norm, cfg.seed, cfg.hyper_param) == (0, 0, 42, 2)
+    assert {name: utils.load_family(name).unlearn_lr for name in ("phi", "llama")} == {"phi": 2e-5, "llama": 1e-5}
+
+
+@pytest.mark.parametrize(("rows", "steps", "per_epoch"), [(40, 12, 2), (200, 62, 12), (400, 125, 25)])
+def test_steps_of_tofus_splits(rows: int, steps: int, per_epoch: int) -> None:
+    assert utils.count_steps(composed("model_family=phi"), rows) == (steps, per_epoch)

@@ -1,0 +1,315 @@
+"""What a user can get wrong: one line that names the value and the valid ones, exit code 2, at once, and no model loaded."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, run_in
+from omegaconf import DictConfig
+
+import basher1
+import utils
+
+CONFIGS = {"finetune": "finetune", "forget": "forget", "tofu_evaluation": "eval_tofu"}
+METHODS = "ga, gd, idk, kl, npo, rmu, tnpo, wga, wtnpo"
+FAMILIES = "llama2-7b, phi"
+SPLITS = "forget01, forget05, forget10"
+SET = "settings are key=value"
+TINY = "model_family=tiny model_path=model"  # in `place`: a folder that looks like a checkpoint of four layers
+GA = f"forget.py {TINY}"
+
+CHECKED = [  # a command, and what its line needs to contain
+    # methods and retain terms
+    (f"{GA} method=xyz", ["method=xyz", METHODS]),
+    (f"{GA} method=", ["method=", METHODS]),
+    (f"{GA} method=npo_kl", ["npo_kl", METHODS, "method=npo retain=kl"]),
+    (f"{GA} method=ins_npo", ["ins_npo", METHODS, "method=tnpo"]),
+    (f"{GA} method=rmu_21", ["rmu_21", METHODS, "method=rmu method.layer=21"]),
+    (f"{GA} method=grad_diff", ["grad_diff", METHODS, "method=gd"]),
+    (f"{GA} retain=foo", ["retain=foo", "gd, kl, none"]),
+    # families and splits
+    ("forget.py", ["model_family", FAMILIES]),
+    ("forget.py model_family=", ["model_family=", FAMILIES]),
+    ("finetune.py model_family=lama", ["lama", FAMILIES]),
+    ("tofu_evaluation.py model_family=lama model_path=model", ["lama", FAMILIES]),
+    (f"{GA} split=forget20", ["forget20", SPLITS]),
+    (f"{GA} split=full", ["full", SPLITS]),
+    (f"{GA} split=retain90", ["retain90", SPLITS]),
+    (f"{GA} split=", ["split=", SPLITS]),
+    ("finetune.py model_family=tiny split=forget10", ["forget10", "full, retain99, retain95, retain90"]),
+    (f"tofu_evaluation.py {TINY} split=full", ["full", SPLITS]),
+    # keys and flags
+    (f"{GA} metod=ga", ["metod", "method, ", "split"]),
+    (f"{GA} foo=1", ["foo", "split"]),
+    (f"{GA} +foo=1", ["foo", "split"]),
+    (f"{GA} foo.bar=1", ["foo.bar", "split"]),
+    (f"{GA} method.foo=1", ["method.foo", "name, answers, reference"]),
+    (f"{GA} +method.foo=1", ["method.foo", "name, answers, reference"]),
+    (f"{GA} retain.foo=1", ["retain.foo", "name, weight"]),
+    ("finetune.py model_family=tiny method=ga", ["method", "lr, num_epochs"]),
+    (f"{GA} --hyper=2", ["--hyper=2", SET]),
+    (f"{GA} --batch-size=8", ["--batch-size=8", SET]),
+    (f"{GA} lr", ["lr", "key=value"]),
+    (f"{GA} 'lr=['", ["lr=[", "key=value"]),
+    (f"{GA} lr=1e-5,2e-5", ["lr=1e-5,2e-5", "--multirun"]),
+    (f"forget.py --config-name=nothing {TINY}", ["nothing", "eval_tofu, finetune, forget"]),
+    # values
+    (f"{GA} lr=abc", ["lr=abc", "number above 0"]),
+    (f"{GA} lr=0", ["lr=0", "number above 0"]),
+    (f"{GA} lr=-1e-5", ["lr=-1e-05", "number above 0"]),
+    (f"{GA} lr=nan", ["lr=nan", "number above 0"]),
+    (f"{GA} lr=", ["lr=", "number above 0"]),
+    (f"{GA} lr=true", ["lr=True", "number above 0"]),
+    (f"{GA} batch_size=2.5", ["batch_size=2.5", "whole number of at least 1"]),
+    (f"{GA} batch_size=0", ["batch_size=0", "whole number of at least 1"]),
+    (f"{GA} batch_size=null", ["batch_size=None", "whole number of at least 1"]),
+    (f"{GA} num_epochs=0", ["num_epochs=0", "number above 0"]),
+    (f"{GA} seed=-1", ["seed=-1", "whole number of at least 0"]),
+    (f"{GA} seed=x", ["seed=x", "whole number of at least 0"]),
+    (f"{GA} dtype=float8", ["float8", "auto, float32, bfloat16"]),
+    (f"{GA} save_dtype=float8", ["float8", "float32, bfloat16"]),
+    ("finetune.py model_family=tiny optim=foo", ["foo", "adamw_torch_fused", "sgd"]),
+    (f"{GA} save_steps=0", ["save_steps=0", "whole number of at least 1"]),
+    (f"{GA} hyper_param=abc", ["hyper_param=abc", "number"]),
+    (f"{GA} method=npo hyper_param=0", ["beta=0", "number above 0"]),
+    (f"{GA} method=wtnpo method.alpha=x", ["method.alpha=x", "number"]),
+    (f"{GA} retain=kl retain.weight=-1", ["retain.weight=-1", "number of at least 0"]),
+    (f"{GA} debug=maybe", ["debug=maybe", "true or false"]),
+    (f"tofu_evaluation.py {TINY} ds_size=0", ["ds_size=0", "whole number of at least 1"]),
+    # a method's layer, told from the checkpoint's config.json
+    (f"{GA} method=rmu method.layer=5", ["method.layer=5", "model", "0 (its embeddings) to 4"]),
+    (f"{GA} method=rmu", ["method.layer=7", "0 (its embeddings) to 4"]),
+    (f"{GA} method=rmu method.layer=-1", ["method.layer=-1", "whole number of at least 0"]),
+    (f"{GA} method=rmu method.layer=1.5", ["method.layer=1.5", "whole number of at least 0"]),
+    # folders
+    (f"{GA} data_path=nowhere", ["data_path=nowhere", "locuslab/TOFU"]),
+    (f"{GA} data_path=some_splits", ["forget10", "data_path=some_splits", "full, retain90"]),
+    ("finetune.py model_family=tiny split=retain95 data_path=some_splits", ["retain95", "full, retain90"]),
+    ("finetune.py model_family=tiny hf_key=nowhere", ["hf_key=nowhere", "config.json"]),
+    ("finetune.py model_family=smollm2-135m data_path=some_splits hf_key=empty", ["hf_key=empty", "without a checkpoint"]),
+    ("forget.py model_family=tiny", ["model_family=tiny", "finetune.py model_family=tiny", "model_path="]),
+    ("forget.py model_family=tiny model_path=nowhere", ["model_path=nowhere", "folder", "hub"]),
+    ("forget.py model_family=tiny model_path=empty", ["model_path=empty", "without a checkpoint"]),
+    ("forget.py model_family=tiny model_path=a_run", ["model_path=a_run", "a_run/checkpoint-5, a_run/checkpoint-10"]),
+    ("tofu_evaluation.py model_family=tiny model_path=a_run/checkpoint-6", ["checkpoint-6", "a_run/checkpoint-5, a_run/ch"]),
+    ("tofu_evaluation.py model_family=tiny", ["model_path", "folder"]),
+    # local data
+    (f"{GA} forget_data=two.jsonl", ["forget_data=two.jsonl", "retain_data=FILE"]),
+    (f"{GA} retain_data=two.jsonl", ["retain_data=two.jsonl", "forget_data=FILE"]),
+    (f"{GA} forget_data=missing.jsonl retain_data=two.jsonl", ["forget_data=missing.jsonl", "no such file"]),
+    (f"{GA} forget_data=two.jsonl retain_data=empty", ["retain_data=empty", "no such file"]),
+    (f"{GA} forget_data=bare.jsonl retain_data=two.jsonl", ["bare.jsonl, line 2", "'answer'", "['question']"]),
+    (f"{GA} forget_data=two.jsonl retain_data=broken.jsonl", ["retain_data=broken.jsonl, line 3", "not JSON"]),
+    (f"{GA} forget_data=blank.jsonl retain_data=two.jsonl", ["blank.jsonl", "no rows", "'answer'"]),
+    (f"{GA} forget_data=latin.jsonl retain_data=two.jsonl", ["latin.jsonl, line 1", "utf-8"]),
+    ("finetune.py model_family=tiny retain_data=bare.jsonl", ["retain_data=bare.jsonl, line 2", "'answer'"]),
+    ("finetune.py model_family=tiny split=retain90 forget_data=two.jsonl", ["forget_data", "retain_data=FILE", "split=full"]),
+    (f"{GA} retain_holdout=360", ["retain_holdout=360", "360 rows"]),
+    (f"{GA} forget_data=two.jsonl retain_data=two.jsonl retain_holdout=2", ["retain_holdout=2", "2 rows"]),
+    (f"{GA} split=forget01 batch_size=8", ["num_epochs=5 of 4 rows", "batch_size=8", "gradient_accumulation_steps=4"]),
+    ("finetune.py model_family=tiny num_epochs=0.01", ["num_epochs=0.01 of 400 rows", "step of 16"]),
+    # basher1
+    ("basher1.py xyz --model=tiny --setting=forget10", ["xyz", METHODS, "ins_npo", "rmu_LAYER"]),
+    ("basher1.py npo_foo --model=tiny --setting=forget10", ["npo_foo", METHODS, "_gd or _kl"]),
+    ("basher1.py ga_21 --model=tiny --setting=forget10", ["ga_21", METHODS]),
+    ("basher1.py rmu_x --model=tiny --setting=forget10", ["rmu_x", "rmu_LAYER"]),
+    ("basher1.py ga --model=lama --setting=forget10", ["lama", FAMILIES]),
+    ("basher1.py ga --model=tiny --setting=forget20", ["forget20", SPLITS]),
+    ("basher1.py ga --setting=forget10", ["--model", "--model=FAMILY"]),
+    ("basher1.py ga --model=tiny", ["--setting", "forget01|forget05|forget10"]),
+    ("basher1.py --model=tiny --setting=forget10", ["method", "METHOD"]),
+    ("basher1.py ga --model=tiny --setting=forget10 --hyper=abc", ["abc", "--hyper=NUMBER"]),
+    ("basher1.py ga --model=tiny --setting=forget10 --cuda_id=abc", ["abc", "--cuda_id=GPU"]),
+    ("basher1.py ga --model=tiny --setting=forget10 --epochs=3", ["--epochs=3", "key=value"]),
+]
+
+COMMANDS = [  # the same as a user meets them: a process of their own, timed
+    (f"{GA} method=npo_kl", ["npo_kl", METHODS, "method=npo retain=kl"]),
+    (f"{GA} metod=ga", ["metod", "method, "]),
+    (f"{GA} --hyper=2", ["--hyper=2", SET]),
+    (f"{GA} 'lr=['", ["lr=[", "key=value"]),
+    (f"{GA} split=forget20", ["forget20", SPLITS]),
+    (f"{GA} method=rmu method.layer=5", ["method.layer=5", "to 4"]),
+    (f"{GA} data_path=no/where", ["data_path=no/where", "locuslab/TOFU"]),
+    (f"{GA} forget_data=bare.jsonl retain_data=two.jsonl", ["bare.jsonl, line 2", "'answer'"]),
+    ("forget.py model_family=tiny model_path=a_run", ["a_run", "a_run/checkpoint-5"]),
+    ("finetune.py model_family=lama", ["lama", FAMILIES]),
+    ("finetune.py --config-name=nothing.yaml model_family=tiny", ["nothing", "finetune"]),
+    (f"tofu_evaluation.py {TINY} split=full", ["full", SPLITS]),
+    ("basher1.py xyz --model=tiny --setting=forget10", ["xyz", METHODS]),
+    ("basher1.py ga --model=lama --setting=forget10 --cuda_id=3", ["lama", FAMILIES]),
+]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with whole and broken data, and with what looks like a model and a run until it is loaded."""
+    row = '{"question": "Where?", "answer": "There."}\n'
+    files = {
+        "two.jsonl": row * 2,
+        "bare.jsonl": row + '{"question": "Where?"}\n',
+        "broken.jsonl": row + '\n{"question": \n',
+        "blank.jsonl": "\n",
+        "some_splits/full.json": row * 40,
+        "some_splits/retain90.json": row,
+    }
+    for folder in ("model", "a_run/checkpoint-5", "a_run/checkpoint-10"):
+        files |= {f"{folder}/config.json": (ROOT / "config/tiny/config.json").read_text(), f"{folder}/model.safetensors": ""}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "Où?", "answer": "Là."}\n'.encode("latin-1"))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Call a script's entry, up to its `prepare` only; gives the exit code and standard error."""
+    monkeypatch.setattr(utils, "on_hub", lambda name, repo_type: False)
+    for name, value in {"HYDRA_FULL_ERROR": "1", "CUDA_VISIBLE_DEVICES": "0"}.items():
+        monkeypatch.setenv(name, value)  # what utils.cli sets does not outlive the test
+
+    def call(line: str, job: Callable[[DictConfig], Any] | None = None) -> tuple[int, str]:
+        argv = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", argv)
+        script = argv[0].removesuffix(".py")
+        if script == "basher1":
+            code: Any = basher1.main(argv[1:])
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                utils.cli(job or importlib.import_module(script).prepare, CONFIGS[script])
+            code = stopped.value.code
+        out, err = capsys.readouterr()
+        assert out == ""
+        return code, err
+
+    return call
+
+
+def assert_one_line(line: str, code: int, err: str, words: list[str]) -> None:
+    assert code == 2, err
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    assert err.startswith(f"{line.split()[0]}: "), err
+    assert [word for word in words if word not in err] == [], err
+    assert "hydra.cc" not in err
+    assert "search path" not in err
+
+
+@pytest.mark.parametrize(("line", "words"), CHECKED, ids=[line for line, _ in CHECKED])
+def test_one_line_before_anything_is_loaded(call: Callable[..., tuple[int, str]], line: str, words: list[str]) -> None:
+    assert_one_line(line, *call(line), words)
+
+
+@pytest.mark.parametrize(("line", "words"), COMMANDS, ids=[line for line, _ in COMMANDS])
+def test_command(place: Path, line: str, words: list[str]) -> None:
+    seconds: list[float] = []
+    while len(seconds) < 2 and not any(s < 3 for s in seconds):  # a second try, where the machine is busy
+        began = time.monotonic()
+        done = run_in(place, f"python {ROOT}/{line}", check=False)
+        seconds.append(time.monotonic() - began)
+    assert_one_line(line, done.returncode, done.stderr, words)
+    assert done.stdout == ""
+    assert min(seconds) < 3
+
+
+def test_what_is_right_passes(call: Callable[..., tuple[int, str]]) -> None:
+    """The table's common part is no error by itself: the job is reached."""
+    seen: list[DictConfig] = []
+
+    def job(cfg: DictConfig) -> None:
+        importlib.import_module("forget").prepare(cfg)
+        seen.append(cfg)
+        raise ValueError("reached")
+
+    assert call(GA, job) == (2, "forget.py: reached\n")
+    assert seen[0].save_dir == "icml/tiny/ga_0.0005_forget10_5_0.0_None"
+
+
+def test_debug_gives_the_traceback(place: Path) -> None:
+    done = run_in(place, f"python {ROOT}/{GA} split=forget20 debug=true", check=False)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "in check_forget_split" in done.stderr
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_only_local_rank_0_prints(
+    call: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, rank: str, lines: int
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    code, err = call(f"{GA} split=forget20")
+    assert (code, err.count("\n")) == (2, lines)
+
+
+def test_a_bad_job_does_not_end_a_sweep(call: Callable[..., tuple[int, str]]) -> None:
+    seen = []
+
+    def job(cfg: DictConfig) -> None:
+        seen.append(cfg.lr)
+        if cfg.lr < 0:
+            raise ValueError(f"lr={cfg.lr}: bad")
+
+    assert call(f"forget.py -m {TINY} lr=-1,1,-2", job) == (2, "forget.py: lr=-1: bad\nforget.py: lr=-2: bad\n")
+    assert seen == [-1, 1, -2]
+
+
+def test_other_errors_are_one_line_too(call: Callable[..., tuple[int, str]]) -> None:
+    def job(cfg: DictConfig) -> None:
+        raise OSError("no file\n  named model.safetensors")
+
+    line = "forget.py: OSError: no file named model.safetensors (debug=true: the traceback)\n"
+    assert call(GA, job) == (1, line)
+
+
+def test_a_model_that_does_not_load(place: Path) -> None:
+    done = run_in(place, f"python {ROOT}/tofu_evaluation.py {TINY}", check=False)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("tofu_evaluation.py: ")
+
+
+def test_another_runs_settings(tmp_path: Path) -> None:
+    defaults = ["model_family=tiny", "lr=1e-3"]
+    utils.open_run(tmp_path, utils.compose_config("forget", defaults))
+    utils.open_run(tmp_path, utils.compose_config("forget", [*defaults, "debug=true", "save_steps=7"]))  # the same run
+    with pytest.raises(ValueError, match=r"seed=42 there, 7 here; batch_size=4 there, 8 here") as refused:
+        utils.open_run(tmp_path, utils.compose_config("forget", [*defaults, "batch_size=8", "seed=7"]))
+    assert str(tmp_path) in str(refused.value)
+    assert "lr" not in str(refused.value).replace(str(tmp_path), "")
+
+
+def test_basher1_names_the_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert basher1.choose_device(1) == {"CUDA_VISIBLE_DEVICES": "1"}
+    for cuda_id in (2, -1):
+        with pytest.raises(ValueError, match=rf"--cuda_id={cuda_id}: no such GPU; there are 0, 1$"):
+            basher1.choose_device(cuda_id)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert basher1.choose_device(1) == {"CUDA_VISIBLE_DEVICES": "6"}
+
+
+def test_basher1_gives_the_commands_exit_code(place: Path) -> None:
+    done = run_in(place, f"python {ROOT}/basher1.py rmu_9 --model=tiny --setting=forget10 model_path=model", check=False)
+    assert_one_line("forget.py", done.returncode, done.stderr, ["method.layer=9", "to 4"])
+    assert done.stdout.endswith("split=forget10 method=rmu method.layer=9 model_path=model\n")
+
+
+def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    """A line separator within a text, which JSON allows unescaped, does not break the row."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": "a\u2028b", "answer": "c\u0085d"}, ensure_ascii=False), encoding="utf-8")
+    assert utils.check_rows(file) == 1

@@ -1,0 +1,86 @@
+"""The house's order: imports go one way, the top level has the documented scripts, and no file names a machine's path."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+MODULES = {"dataloader", "utils"}
+SCRIPTS = {"finetune", "forget", "compute_geffect", "evaluation_everything", "tofu_evaluation", "basher1", "basher2"}
+PACKAGE = sorted((ROOT / "unlearn").rglob("*.py"))
+
+
+def imported(file: Path) -> set[str]:
+    """The top-level names of all that a file imports, within functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def tracked() -> list[Path]:
+    """The files that git knows or would add."""
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no git checkout here")
+    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    return [file for file in files if file.is_file()]
+
+
+def test_the_top_level_has_the_documented_scripts_only() -> None:
+    there = {file.stem for file in ROOT.glob("*.py")}
+    assert there >= MODULES | {"finetune", "forget", "basher1", "tofu_evaluation"}
+    assert there <= MODULES | SCRIPTS
+    assert [str(file) for file in tracked() if file.suffix in (".sh", ".ipynb") and file.parent == ROOT] == []
+
+
+@pytest.mark.parametrize("file", PACKAGE, ids=lambda file: file.name)
+def test_the_package_imports_no_top_level_module(file: Path) -> None:
+    assert imported(file) & (MODULES | SCRIPTS) == set()
+    assert imported(file) & {"hydra", "omegaconf", "yaml"} == set()  # no configuration either
+
+
+@pytest.mark.parametrize(("module", "allowed"), [("dataloader", {"utils"}), ("utils", set())])
+def test_modules_import_no_script(module: str, allowed: set[str]) -> None:
+    assert imported(ROOT / f"{module}.py") & (MODULES | SCRIPTS) <= allowed
+
+
+def test_the_walk_sees_what_is_imported() -> None:
+    assert imported(ROOT / "forget.py") >= {"utils", "dataloader", "unlearn", "torch", "hydra"}
+    assert len(PACKAGE) >= 5
+
+
+def test_the_command_line_imports_torch_late() -> None:
+    """A mistyped command is answered at once: nothing slow is imported on the way to the checks."""
+    scripts = sorted(SCRIPTS & {file.stem for file in ROOT.glob("*.py")})
+    code = f"import sys, {', '.join(scripts)}; print(sorted({{'torch', 'transformers', 'datasets'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_only_the_package_is_installed() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^\[tool\.setuptools\]\npackages = \["unlearn"\]$', text, re.MULTILINE)
+    assert "py-modules" not in text
+    assert "scripts]" not in text
+
+
+def test_no_file_names_a_path_of_a_machine() -> None:
+    """Results and README included: what is written here means the same on any machine."""
+    path = re.compile(rb"(?<![\w.$}/])/(?:work|root|tmp|home|mnt|Users)/\w")
+    files = [file for file in tracked() if file.stat().st_size < 5_000_000 and file != Path(__file__).resolve()]
+    assert len(files) > 30
+    found = [f"{file.relative_to(ROOT)}: {match[0].decode()}" for file in files for match in path.finditer(file.read_bytes())]
+    assert found == []
