@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from utils import check_forget_split, load_family, parse_method
+from settings import check_forget_split, parse_method
+from utils import load_family
 
 ROOT = Path(__file__).resolve().parent
 USAGE = "basher1.py METHOD --model=FAMILY --setting=forget01|forget05|forget10 [--hyper=NUMBER] [--cuda_id=GPU] [key=value ...]"

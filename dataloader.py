@@ -5,7 +5,6 @@ Letters: B rows, T tokens of the longest of them.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from unlearn.tokens import IGNORE
+from utils import RETAIN_OF, Family, read_jsonl
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
-    from utils import Family
-
-RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 IDK = Path(__file__).parent / "data" / "idontknow.jsonl"
 
 Row = dict[str, Tensor]  # input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference
@@ -38,24 +35,6 @@ def read_split(data_path: str, name: str) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
     return load_dataset(data_path, name, split="train").to_list()
-
-
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. Raises ValueError where a line is none, or where there are none."""
-    rows = []
-    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut a text at U+2028 or U+0085, too
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object ({line.strip():.40})")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    return rows
 
 
 def tokenize(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, family: Family, max_length: int) -> list[Row]:

@@ -10,24 +10,28 @@ Every key stands in config/finetune.yaml and config/common.yaml.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+import settings
 import utils
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def prepare(cfg: DictConfig) -> utils.Family:
     """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
-    family = utils.prepare(cfg, "finetune")
+    family = settings.prepare(cfg, "finetune")
     cfg.lr = family.finetune_lr if cfg.lr is None else cfg.lr
     cfg.num_epochs = family.finetune_epochs if cfg.num_epochs is None else cfg.num_epochs
-    utils.check_finetune_data(cfg)
+    settings.check_finetune_data(cfg)
     if not family.from_scratch:
-        utils.check_checkpoint("hf_key", family.hf_key)
+        settings.check_checkpoint("hf_key", family.hf_key)
     if cfg.save_dir is None:
-        cfg.save_dir = str(
-            utils.finetuned_folder(family, cfg.split, cfg.lr, cfg.num_epochs, cfg.weight_decay)
-        ) + utils.override_suffix(cfg, "finetune")
+        cfg.save_dir = str(utils.finetuned_folder(family, cfg))
+    utils.check_run(Path(cfg.save_dir), cfg)
     return family
 
 
@@ -35,7 +39,6 @@ def run(cfg: DictConfig) -> None:
     family = prepare(cfg)
     folder = Path(cfg.save_dir)
     if utils.is_checkpoint(folder) and not (folder / "resume").exists():
-        utils.open_run(folder, cfg)
         return utils.say(f"{folder} is fine-tuned already")
 
     import dataloader
@@ -51,18 +54,19 @@ def run(cfg: DictConfig) -> None:
         texts = [family.prompt(row["question"]) + row["answer"] for row in dataloader.finetune_rows(cfg, "full")]
         tokenizer, model = new_model(family.hf_key, texts, cfg.seed)
     else:
-        tokenizer, model = (
-            load_tokenizer(family.hf_key, family.hf_key),
-            load_model(family.hf_key, utils.device(), family.flash_attention2),
-        )
+        tokenizer = load_tokenizer(family.hf_key, family.hf_key)
+        model = load_model(family.hf_key, utils.device(), family.flash_attention2)
 
     tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length)
     batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), pad_id(tokenizer))
-    train(model, Loss(mean_nll), batches, utils.training_settings(cfg, family, steps, per_epoch), folder)
-    if utils.is_main_process():
-        save_into(folder, model, tokenizer, cfg.save_dtype)
+
+    def publish(model: PreTrainedModel, step: int) -> None:
+        if step == steps:
+            save_into(folder, model, tokenizer, cfg.save_dtype)
+
+    train(model, Loss(mean_nll), batches, utils.training_settings(cfg, family, steps, per_epoch), folder, publish)
     utils.say(f"{steps} steps done; the model is in {folder}")
 
 
 if __name__ == "__main__":
-    utils.cli(run, "finetune")
+    settings.cli(run, "finetune")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+import settings
 import utils
 
 if TYPE_CHECKING:
@@ -26,15 +27,20 @@ if TYPE_CHECKING:
 
 def prepare(cfg: DictConfig) -> utils.Family:
     """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
-    family = utils.prepare(cfg, "forget")
+    family = settings.prepare(cfg, "forget")
     cfg.lr = family.unlearn_lr if cfg.lr is None else cfg.lr
-    utils.check_forget_data(cfg)
+    settings.check_forget_data(cfg)
     cfg.model_path = utils.original_model(family) if cfg.model_path is None else utils.find_path(cfg.model_path)
-    utils.check_checkpoint("model_path", cfg.model_path)
+    settings.check_checkpoint("model_path", cfg.model_path)
+    if cfg.method.name in ("gd", "kl") and cfg.retain.name != cfg.method.name:
+        raise ValueError(
+            f"retain={cfg.retain.name}: method={cfg.method.name} is ga with the retain term {cfg.method.name} already"
+        )
     if "layer" in cfg.method:
-        utils.check_layer(cfg.model_path, cfg.method.layer)
+        settings.check_layer(cfg.model_path, cfg.method.layer)
     if cfg.save_dir is None:
         cfg.save_dir = str(utils.run_folder(cfg)) + utils.override_suffix(cfg, "forget")
+    utils.check_run(Path(cfg.save_dir), cfg)
     return family
 
 
@@ -111,4 +117,4 @@ def build_loss(cfg: DictConfig, model: PreTrainedModel, folder: Path) -> Loss:
 
 
 if __name__ == "__main__":
-    utils.cli(run, "forget")
+    settings.cli(run, "forget")

@@ -12,17 +12,18 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+import settings
 import utils
 
 
 def prepare(cfg: DictConfig) -> utils.Family:
     """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
-    family = utils.prepare(cfg, "eval_tofu")
-    utils.check_forget_data(cfg)
+    family = settings.prepare(cfg, "eval_tofu")
+    settings.check_forget_data(cfg)
     if not cfg.model_path:
         raise ValueError("model_path is missing: the folder (or hub name) of the model to evaluate")
     cfg.model_path = utils.find_path(cfg.model_path)
-    utils.check_checkpoint("model_path", cfg.model_path)
+    settings.check_checkpoint("model_path", cfg.model_path)
     if cfg.save_dir is None:
         cfg.save_dir = f"{cfg.model_path}/eval_results/ds_size{cfg.ds_size}"
     return family
@@ -67,4 +68,4 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    utils.cli(run, "eval_tofu")
+    settings.cli(run, "eval_tofu")

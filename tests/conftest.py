@@ -22,7 +22,9 @@ def run_in(folder: Path, command: str, check: bool = True) -> subprocess.Complet
     """Run a command line in `folder` as typed, `python` and `torchrun` being those of this environment."""
     words = shlex.split(command)
     program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
-    done = subprocess.run([*program, *words[1:]], cwd=folder, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [*program, *words[1:]], cwd=folder, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import basher1
 import forget
+import settings
 import utils
 
 CONFIG = ROOT / "config"
@@ -114,9 +115,9 @@ def test_entry_of_the_published_code(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def folder_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The folder that basher1's arguments, or forget.py's settings, lead to."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "on_hub", lambda name, repo_type: True)
+    monkeypatch.setattr(settings, "on_hub", lambda name, repo_type: True)
     monkeypatch.setattr(utils, "original_model", lambda family: "some/model")
-    monkeypatch.setattr(utils, "check_layer", lambda model_path, layer: None)
+    monkeypatch.setattr(settings, "check_layer", lambda model_path, layer: None)
 
     def folder_of(line: str) -> str:
         words = line.split()
@@ -176,9 +177,9 @@ def test_finetuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Where finetune.py puts a model of the family is where forget.py looks for it."""
     tiny, phi = utils.load_family("tiny"), utils.load_family("phi")
     assert str(utils.finetuned_folder(phi)) == "data/weight/ft_epoch5_lr2e-05_phi_full_wd0.0"
-    assert (
-        str(utils.finetuned_folder(tiny, "retain90", 2e-5, 2.5, 0.01)) == "data/weight/ft_epoch2.5_lr2e-05_tiny_retain90_wd0.01"
-    )
+    given = ["model_family=tiny", "split=retain90", "lr=2e-5", "num_epochs=2.5", "weight_decay=0.01", "seed=1", "output_dir=w"]
+    folder = utils.finetuned_folder(tiny, utils.compose_config("finetune", given))
+    assert str(folder) == "w/ft_epoch2.5_lr2e-05_tiny_retain90_wd0.01_seed=1"
     monkeypatch.chdir(tmp_path)
     assert utils.original_model(phi) == "locuslab/tofu_ft_phi-1.5"
     here = utils.finetuned_folder(tiny)

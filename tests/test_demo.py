@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
-import pytest
-from conftest import ROOT, SHARED, make_workplace, run_in
+from conftest import run_in
 
 FULL = "data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0"
 RETAIN = "data/weight/ft_epoch40_lr0.001_tiny_retain90_wd0.0"

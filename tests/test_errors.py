@@ -16,6 +16,7 @@ from conftest import ROOT, run_in
 from omegaconf import DictConfig
 
 import basher1
+import settings
 import utils
 
 CONFIGS = {"finetune": "finetune", "forget": "forget", "tofu_evaluation": "eval_tofu"}
@@ -106,11 +107,11 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} retain_data=two.jsonl", ["retain_data=two.jsonl", "forget_data=FILE"]),
     (f"{GA} forget_data=missing.jsonl retain_data=two.jsonl", ["forget_data=missing.jsonl", "no such file"]),
     (f"{GA} forget_data=two.jsonl retain_data=empty", ["retain_data=empty", "no such file"]),
-    (f"{GA} forget_data=bare.jsonl retain_data=two.jsonl", ["bare.jsonl, line 2", "'answer'", "['question']"]),
-    (f"{GA} forget_data=two.jsonl retain_data=broken.jsonl", ["retain_data=broken.jsonl, line 3", "not JSON"]),
+    (f"{GA} forget_data=bare.jsonl retain_data=two.jsonl", ["bare.jsonl, row 2", "'answer'", "['question']"]),
+    (f"{GA} forget_data=two.jsonl retain_data=broken.jsonl", ["broken.jsonl, line 3", "not JSON"]),
     (f"{GA} forget_data=blank.jsonl retain_data=two.jsonl", ["blank.jsonl", "no rows", "'answer'"]),
     (f"{GA} forget_data=latin.jsonl retain_data=two.jsonl", ["latin.jsonl, line 1", "utf-8"]),
-    ("finetune.py model_family=tiny retain_data=bare.jsonl", ["retain_data=bare.jsonl, line 2", "'answer'"]),
+    ("finetune.py model_family=tiny retain_data=bare.jsonl", ["retain_data=bare.jsonl, row 2", "'answer'"]),
     ("finetune.py model_family=tiny split=retain90 forget_data=two.jsonl", ["forget_data", "retain_data=FILE", "split=full"]),
     (f"{GA} retain_holdout=360", ["retain_holdout=360", "360 rows"]),
     (f"{GA} forget_data=two.jsonl retain_data=two.jsonl retain_holdout=2", ["retain_holdout=2", "2 rows"]),
@@ -139,7 +140,7 @@ COMMANDS = [  # the same as a user meets them: a process of their own, timed
     (f"{GA} split=forget20", ["forget20", SPLITS]),
     (f"{GA} method=rmu method.layer=5", ["method.layer=5", "to 4"]),
     (f"{GA} data_path=no/where", ["data_path=no/where", "locuslab/TOFU"]),
-    (f"{GA} forget_data=bare.jsonl retain_data=two.jsonl", ["bare.jsonl, line 2", "'answer'"]),
+    (f"{GA} forget_data=bare.jsonl retain_data=two.jsonl", ["bare.jsonl, row 2", "'answer'"]),
     ("forget.py model_family=tiny model_path=a_run", ["a_run", "a_run/checkpoint-5"]),
     ("finetune.py model_family=lama", ["lama", FAMILIES]),
     ("finetune.py --config-name=nothing.yaml model_family=tiny", ["nothing", "finetune"]),
@@ -175,9 +176,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Call a script's entry, up to its `prepare` only; gives the exit code and standard error."""
-    monkeypatch.setattr(utils, "on_hub", lambda name, repo_type: False)
+    monkeypatch.setattr(settings, "on_hub", lambda name, repo_type: False)
     for name, value in {"HYDRA_FULL_ERROR": "1", "CUDA_VISIBLE_DEVICES": "0"}.items():
-        monkeypatch.setenv(name, value)  # what utils.cli sets does not outlive the test
+        monkeypatch.setenv(name, value)  # what settings.cli sets does not outlive the test
 
     def call(line: str, job: Callable[[DictConfig], Any] | None = None) -> tuple[int, str]:
         argv = shlex.split(line)
@@ -187,7 +188,7 @@ def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
             code: Any = basher1.main(argv[1:])
         else:
             with pytest.raises(SystemExit) as stopped:
-                utils.cli(job or importlib.import_module(script).prepare, CONFIGS[script])
+                settings.cli(job or importlib.import_module(script).prepare, CONFIGS[script])
             code = stopped.value.code
         out, err = capsys.readouterr()
         assert out == ""
@@ -312,4 +313,4 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
     """A line separator within a text, which JSON allows unescaped, does not break the row."""
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"question": "a\u2028b", "answer": "c\u0085d"}, ensure_ascii=False), encoding="utf-8")
-    assert utils.check_rows(file) == 1
+    assert settings.check_rows(file) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-MODULES = {"dataloader", "utils"}
+MODULES = {"dataloader", "utils", "settings"}
 SCRIPTS = {"finetune", "forget", "compute_geffect", "evaluation_everything", "tofu_evaluation", "basher1", "basher2"}
 PACKAGE = sorted((ROOT / "unlearn").rglob("*.py"))
 
@@ -52,7 +52,7 @@ def test_the_package_imports_no_top_level_module(file: Path) -> None:
     assert imported(file) & {"hydra", "omegaconf", "yaml"} == set()  # no configuration either
 
 
-@pytest.mark.parametrize(("module", "allowed"), [("dataloader", {"utils"}), ("utils", set())])
+@pytest.mark.parametrize(("module", "allowed"), [("dataloader", {"utils"}), ("settings", {"utils"}), ("utils", set())])
 def test_modules_import_no_script(module: str, allowed: set[str]) -> None:
     assert imported(ROOT / f"{module}.py") & (MODULES | SCRIPTS) <= allowed
 

@@ -82,7 +82,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(young: Path, tmp_path:
     run_in(tmp_path, f"python {command} save_dir=killed")
     assert not (tmp_path / "killed/resume").exists()
     for step in (2, 4, 6, 8, 10, 12):
-        whole, resumed = (load_file(tmp_path / run / f"checkpoint-{step}/model.safetensors") for run in ("never_killed", "killed"))
+        whole, resumed = (
+            load_file(tmp_path / run / f"checkpoint-{step}/model.safetensors") for run in ("never_killed", "killed")
+        )
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed/logs/train.jsonl").open()]
     assert steps == list(range(1, 13))
@@ -91,7 +93,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(young: Path, tmp_path:
 def test_a_loss_that_is_not_finite_stops_the_run(young: Path, tmp_path: Path) -> None:
     done = run_in(
         tmp_path,
-        f"python {ROOT}/forget.py model_family=tiny model_path={young} split=forget10 method=ga lr=1e30 save_steps=1 save_dir=run",
+        f"python {ROOT}/basher1.py ga --model=tiny --setting=forget10 model_path={young} lr=1e30 save_steps=1 save_dir=run",
         check=False,
     )
     assert done.returncode == 1

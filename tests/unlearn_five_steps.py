@@ -1,6 +1,6 @@
 """Five steps of unlearning for several methods in one process (or under torchrun), for test_training.py.
 
-    torchrun --nproc_per_node=2 unlearn_five_steps.py MODEL OUT BATCH_SIZE ACCUMULATION METHOD...
+torchrun --nproc_per_node=2 unlearn_five_steps.py MODEL OUT BATCH_SIZE ACCUMULATION METHOD...
 """
 
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import basher1  # noqa: E402
-import forget  # noqa: E402
-import utils  # noqa: E402
+import basher1
+import forget
+import utils
 
 model, out, batch_size, accumulation, *methods = sys.argv[1:]
 for method in methods:

@@ -1,0 +1,363 @@
+"""The command line and its settings: one line for what a user got wrong, before anything is loaded.
+
+Nothing here imports torch: a mistyped command is answered at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils import (
+    CONFIG,
+    FORGET_SPLITS,
+    HUB_TOFU,
+    RETAIN_OF,
+    TRAIN_SPLITS,
+    Family,
+    compose_config,
+    count_steps,
+    defaults_of,
+    find_path,
+    flatten,
+    is_checkpoint,
+    load_families,
+    load_family,
+    read_jsonl,
+)
+
+ALIASES = {"grad_ascent": "ga", "ins_npo": "tnpo", "w_ins_npo": "wtnpo", "po": "idk", "grad_diff": "gd", "KL": "kl"}
+RETAIN_TERMS = ("gd", "kl")
+
+# ---- the command line ----
+
+
+def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Let Hydra in, and turn what a user got wrong into one line on standard error and exit code 2."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    if "WORLD_SIZE" not in os.environ:  # one process: one device, not torch's DataParallel over all
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach us
+    codes: list[int] = []
+
+    @functools.wraps(run)
+    def job(cfg: DictConfig) -> Any:  # Hydra would print a line of its own, and stop a sweep
+        try:
+            return run(cfg)
+        except Exception as error:
+            codes.append(report(error, config_name))
+
+    try:
+        parser = get_args_parser()
+        parser.error = _refuse  # type: ignore[method-assign]
+        args = parser.parse_args()
+        config_name = args.config_name or config_name
+        if args.help:
+            return print(help_text(sys.modules[run.__module__].__doc__ or "", config_name))
+        hydra.main(version_base=None, config_path=str(CONFIG), config_name=config_name)(job)()
+    except Exception as error:
+        codes.append(report(error, config_name))
+    if codes:
+        sys.exit(max(codes))
+
+
+def help_text(description: str, config_name: str) -> str:
+    """What a script does, and every key with its default and meaning, as the YAML files say them."""
+    families = f"model_family: {', '.join(load_families())}"
+    folders = [CONFIG / str(key) for key in compose_config(config_name) if (CONFIG / str(key)).is_dir()]
+    groups = [f"{folder.name}: {', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}" for folder in folders]
+    texts = [(CONFIG / f"{Path(name).stem}.yaml").read_text() for name in (config_name, "common")]
+    keys = [line for text in texts for line in text.partition("\nhydra:")[0].splitlines() if re.match(r"\s*\w+: ", line)]
+    return "\n".join(
+        [description.strip(), "", families, *groups, "", "key: default # meaning", *keys, "", "--hydra-help: its flags"]
+    )
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message}; settings are key=value, after the flags, which are Hydra's (--help lists them)")
+
+
+def report(error: Exception, config_name: str) -> int:
+    """Print an error as one line and return the exit code: 2 for what a user got wrong. Raises it where `debug=true`."""
+    if any(word.lower() == "debug=true" for word in sys.argv):
+        raise error
+    users = isinstance(error, (ValueError, HydraException, OmegaConfBaseException))
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        clear = users or isinstance(error, FloatingPointError)
+        line = one_line(error, config_name) if clear else f"{type(error).__name__}: {_flat(error)} (debug=true: the traceback)"
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    return 2 if users else 1
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def one_line(error: Exception, config_name: str) -> str:
+    """What a user got wrong, in one line; Hydra's messages with the valid names and without its search path."""
+    text = _flat(error)
+    if key := re.search(r"Could not override '([^']+)'", text):
+        return unknown_key(key[1], compose_config(config_name))
+    if choice := re.search(r"Could not find '(\w+)/([^']*)' Available options in '\w+': (.*?) Config search path", text):
+        group, name, options = choice.groups()
+        return f"{group}={name}: unknown; there are {', '.join(options.split())}" + (hint(name) if group == "method" else "")
+    if config := re.search(r"Cannot find primary config '([^']+)'", text):
+        names = sorted(file.stem for file in CONFIG.glob("*.yaml") if file.stem not in ("common", "model_config"))
+        return f"--config-name={config[1]}: unknown; there are {', '.join(names)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: no setting, which is key=value ({text.partition(' See https')[0]})"
+    return f"{text} {_flat(error.__cause__)}" if isinstance(error, HydraException) and error.__cause__ else text
+
+
+def unknown_key(key: str, config: DictConfig) -> str:
+    """The line for a key that does not exist, with those that do, at the nearest place above it."""
+    parent, there = key, None
+    while not isinstance(there, DictConfig):
+        parent = parent.rpartition(".")[0]
+        there = OmegaConf.select(config, parent) if parent else config
+    names = ", ".join(str(name) for name in there if not str(name).startswith("_"))
+    return f"unknown key '{key}'; {parent or 'the configuration'} has {names}"
+
+
+# ---- the methods' names ----
+
+
+def parse_method(name: str) -> list[str]:
+    """A method's name, with its number and its retain term, as forget.py's settings: rmu_21_kl, npo_gd, wtnpo_0.5, ..."""
+    methods = sorted(file.stem for file in (CONFIG / "method").glob("*.yaml"))
+
+    def parse(name: str) -> list[str] | None:
+        if (known := ALIASES.get(name, name)) in methods:
+            return [f"method={known}"]
+        stem, _, last = name.rpartition("_")
+        base = parse(stem) if stem else None
+        if base == ["method=rmu"] and last.isdecimal():
+            return ["method=rmu", f"method.layer={last}"]
+        if base == ["method=wtnpo"] and re.fullmatch(r"\d+(\.\d+)?", last):
+            return ["method=wtnpo", f"method.alpha={float(last):g}"]
+        return None
+
+    stem, _, last = name.rpartition("_")
+    if (settings := parse(name)) is not None:
+        return settings
+    if last in RETAIN_TERMS and (settings := parse(stem)) is not None:
+        return [*settings, f"retain={last}"]
+    raise ValueError(
+        f"method {name}: unknown; there are {', '.join(methods)}, their other names {', '.join(ALIASES)},"
+        f" rmu_LAYER and wtnpo_ALPHA, each with an optional _{' or _'.join(RETAIN_TERMS)}"
+    )
+
+
+def hint(name: str) -> str:
+    """What forget.py calls the method that basher1.py knows by that name."""
+    try:
+        return f" (is it {' '.join(parse_method(name))}?)"
+    except ValueError:
+        return ""
+
+
+# ---- what a setting may be ----
+
+
+def _number(low: float, strict: bool = False, whole: bool = False) -> tuple[Callable[[Any], bool], str]:
+    def fits(x: Any) -> bool:
+        kind = isinstance(x, int) if whole else isinstance(x, int | float) and math.isfinite(x)
+        return kind and not isinstance(x, bool) and (x > low if strict else x >= low)
+
+    bound = "" if low == -math.inf else f" {'above' if strict else 'of at least'} {low:g}"
+    return fits, f"a {'whole ' if whole else ''}number{bound}"
+
+
+def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
+    return lambda x: any(x == c and type(x) is type(c) for c in choices), f"one of {', '.join(map(str, choices))}"
+
+
+BOOL = (lambda x: isinstance(x, bool), "true or false")
+VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": _number(0, whole=True),
+    "batch_size": _number(1, whole=True),
+    "gradient_accumulation_steps": _number(1, whole=True),
+    "lr": _number(0, strict=True),
+    "num_epochs": _number(0, strict=True),
+    "weight_decay": _number(0),
+    "max_grad_norm": _number(0),
+    "save_steps": _number(1, whole=True),
+    "retain_holdout": _number(0, whole=True),
+    "max_length": _number(2, whole=True),
+    "hyper_param": _number(-math.inf),
+    "retain.weight": _number(0),
+    "method.layer": _number(0, whole=True),
+    "method.objective.beta": _number(0, strict=True),
+    "ds_size": _number(1, whole=True),
+    "generation.max_length": _number(2, whole=True),
+    "dtype": _one_of("auto", "float32", "bfloat16"),
+    "save_dtype": _one_of("float32", "bfloat16"),
+    "optim": _one_of("adamw_torch_fused", "adamw_torch", "sgd", "adafactor"),
+    "gradient_checkpointing": BOOL,
+    "loss_on_answer_tag": BOOL,
+    "debug": BOOL,
+}
+NULLABLE = {"lr", "num_epochs", "save_steps", "retain_holdout", "hyper_param", "gradient_checkpointing", "ds_size"}
+
+
+def check_values(cfg: DictConfig, config_name: str) -> None:
+    """Raises ValueError for a value of the wrong type or range, or a key that the configuration does not have."""
+    defaults = defaults_of(cfg, config_name)
+    known = flatten(defaults)
+    if missing := [key for key in known if key not in flatten(cfg)]:
+        lacks = dict.fromkeys(key.partition(".")[0] for key in missing)
+        raise ValueError(f"the configuration lacks {', '.join(lacks)}: is --config-name={config_name} meant?")
+    for key, value in flatten(cfg).items():
+        if key not in known:
+            raise ValueError(unknown_key(key, defaults))
+        fits, what = VALID.get(key) or _like(key, known[key])
+        if not fits(value) and not (value is None and (key in NULLABLE or known[key] is None)):
+            raise ValueError(f"{key}={value}: needs to be {what}")
+
+
+def _like(key: str, default: Any) -> tuple[Callable[[Any], bool], str]:
+    """A method's own keys: of its default's type."""
+    if isinstance(default, bool):
+        return BOOL
+    if isinstance(default, int | float):
+        return _number(-math.inf)
+    return lambda x: isinstance(x, str), "a text"
+
+
+def prepare(cfg: DictConfig, config_name: str) -> Family:
+    """Check the settings' values and fill in those that the model family decides; returns the family."""
+    if OmegaConf.is_missing(cfg, "model_family"):
+        raise ValueError(f"model_family is missing; the families are {', '.join(load_families())}")
+    family = load_family(
+        cfg.model_family, hf_key=cfg.hf_key, data_path=cfg.data_path, loss_on_answer_tag=cfg.loss_on_answer_tag
+    )
+    check_values(cfg, config_name)
+    cfg.model_family, cfg.hf_key, cfg.data_path = family.name, find_path(family.hf_key), find_path(family.data_path)
+    if family.from_scratch and not Path(cfg.hf_key, "config.json").exists():
+        raise ValueError(f"hf_key={cfg.hf_key}: needs to be a folder with a config.json, {family.name} being made from scratch")
+    if cfg.get("gradient_checkpointing", True) is None:
+        cfg.gradient_checkpointing = family.gradient_checkpointing
+    return replace(family, hf_key=cfg.hf_key, data_path=cfg.data_path)
+
+
+# ---- checkpoints and data, before they are loaded ----
+
+
+def check_finetune_data(cfg: DictConfig) -> None:
+    """Raises ValueError where the split is none, or its data are not there, wrong, or too few for a step."""
+    if cfg.split not in TRAIN_SPLITS:
+        raise ValueError(f"split={cfg.split}: to fine-tune on is one of {', '.join(TRAIN_SPLITS)}")
+    if cfg.forget_data is None and cfg.retain_data is None:
+        rows = check_split(cfg.data_path, cfg.split)
+    elif cfg.split != "full" and cfg.retain_data is None:
+        raise ValueError(
+            f"split={cfg.split}: forget_data alone has no rows to retain; give retain_data=FILE too, or split=full"
+        )
+    else:
+        keys = ("retain_data", "forget_data") if cfg.split == "full" else ("retain_data",)
+        rows = sum(check_rows(cfg[key], key) for key in keys if cfg[key] is not None)
+    if rows is not None:
+        count_steps(cfg, rows)
+
+
+def check_forget_data(cfg: DictConfig) -> None:
+    """Raises ValueError where the split is no forget split, or its data are not there, wrong, or too few."""
+    check_forget_split(cfg.split)
+    for given, missing in (("forget_data", "retain_data"), ("retain_data", "forget_data")):
+        if cfg[given] is not None and cfg[missing] is None:
+            raise ValueError(f"{given}={cfg[given]}: local data come in pairs; give {missing}=FILE too")
+    forget: int | None
+    retain: int | None
+    held_out = cfg.retain_holdout
+    if cfg.forget_data is not None:
+        forget, retain = check_rows(cfg.forget_data, "forget_data"), check_rows(cfg.retain_data, "retain_data")
+    else:
+        forget, retain = (check_split(cfg.data_path, split) for split in (cfg.split, RETAIN_OF[cfg.split]))
+        held_out = check_split(cfg.data_path, "retain_perturbed") if held_out is None else held_out
+    if retain is not None and held_out is not None and held_out >= retain:
+        raise ValueError(f"retain_holdout={held_out}: the retain split has {retain} rows, and some must be left to train on")
+    if forget is not None and "num_epochs" in cfg:
+        count_steps(cfg, forget)
+
+
+def check_forget_split(split: str) -> None:
+    if split not in FORGET_SPLITS:
+        raise ValueError(f"split={split}: to unlearn is one of {', '.join(FORGET_SPLITS)}")
+
+
+def check_checkpoint(key: str, path: str) -> None:
+    """Raises ValueError where `path` is neither a folder with a checkpoint nor a model on the hub."""
+    if is_checkpoint(path) or (not Path(path).is_dir() and on_hub(path, "model")):
+        return
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    inside = sorted((str(file.parent) for file in folder.glob("*/config.json")), key=lambda name: (len(name), name))
+    what = "a folder without a checkpoint" if Path(path).is_dir() else "neither a folder nor a model that the hub gives"
+    raise ValueError(f"{key}={path}: {what}" + (f"; there are {', '.join(inside)}" if inside else ""))
+
+
+def check_layer(model_path: str, layer: int) -> None:
+    """Raises ValueError where the model is not that deep."""
+    file = Path(model_path, "config.json")
+    if not file.exists():
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(model_path, "config.json", etag_timeout=2))
+    config = json.loads(file.read_text())
+    depth = next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config), None)
+    if depth is not None and layer > depth:
+        raise ValueError(f"method.layer={layer}: {model_path} has 0 (its embeddings) to {depth} (after its final norm)")
+
+
+def check_split(data_path: str, split: str) -> int | None:
+    """How many rows the split has, None where only `datasets` can tell. Raises ValueError where it is not there."""
+    if Path(data_path, f"{split}.json").exists():
+        return check_rows(Path(data_path, f"{split}.json"))
+    if Path(data_path).is_dir() and not any(Path(data_path).glob(f"**/{split}*.parquet")):
+        there = ", ".join(sorted(file.stem for file in Path(data_path).glob("*.json")))
+        raise ValueError(f"split={split}: data_path={data_path} has no {split}.json; there are {there or 'no splits'}")
+    if not Path(data_path).is_dir() and not on_hub(data_path, "dataset"):
+        raise ValueError(f"data_path={data_path}: neither a folder nor a data set that the hub gives, as {HUB_TOFU}")
+    return None
+
+
+def on_hub(name: str, repo_type: str) -> bool:
+    """Whether the hub, or its cache here, has the repository; answered within 2 seconds."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return False
+    from huggingface_hub import HfApi, scan_cache_dir
+
+    try:
+        HfApi().repo_info(name, repo_type=repo_type, timeout=2)
+        return True
+    except Exception as error:
+        if "timed out" in str(error).lower():
+            return True  # a slow network: let the real download decide
+    try:
+        return any(repo.repo_id == name and repo.repo_type == repo_type for repo in scan_cache_dir().repos)
+    except Exception:
+        return False
+
+
+def check_rows(file: str | Path, key: str = "data_path") -> int:
+    """How many rows a JSON-lines file has. Raises ValueError where one is no question and answer, or there is none."""
+    if not Path(file).is_file():
+        raise ValueError(f"{key}={file}: no such file")
+    rows = read_jsonl(file)
+    for number, row in enumerate(rows, start=1):
+        if not all(isinstance(row.get(text), str) for text in ("question", "answer")):
+            raise ValueError(f"{key}={file}, row {number}: needs the texts 'question' and 'answer', and has {list(row)}")
+    return len(rows)
