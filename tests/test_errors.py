@@ -36,6 +36,8 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} method=rmu_21", ["rmu_21", METHODS, "method=rmu method.layer=21"]),
     (f"{GA} method=grad_diff", ["grad_diff", METHODS, "method=gd"]),
     (f"{GA} retain=foo", ["retain=foo", "gd, kl, none"]),
+    (f"{GA} method=gd retain=kl", ["retain=kl", "method=gd is ga with the retain term gd"]),
+    ("forget.py --config-name=finetune model_family=tiny", ["lacks retain, method", "--config-name=forget"]),
     # families and splits
     ("forget.py", ["model_family", FAMILIES]),
     ("forget.py model_family=", ["model_family=", FAMILIES]),
@@ -74,6 +76,8 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} batch_size=null", ["batch_size=None", "whole number of at least 1"]),
     (f"{GA} num_epochs=0", ["num_epochs=0", "number above 0"]),
     (f"{GA} seed=-1", ["seed=-1", "whole number of at least 0"]),
+    (f"{GA} method=gd retain=kl", ["retain=kl", "method=gd"]),
+    ("forget.py --config-name=finetune model_family=tiny", ["lacks retain", "--config-name=forget"]),
     (f"{GA} seed=x", ["seed=x", "whole number of at least 0"]),
     (f"{GA} dtype=float8", ["float8", "auto, float32, bfloat16"]),
     (f"{GA} save_dtype=float8", ["float8", "float32, bfloat16"]),
@@ -283,9 +287,9 @@ def test_a_model_that_does_not_load(place: Path) -> None:
 def test_another_runs_settings(tmp_path: Path) -> None:
     defaults = ["model_family=tiny", "lr=1e-3"]
     utils.open_run(tmp_path, utils.compose_config("forget", defaults))
-    utils.open_run(tmp_path, utils.compose_config("forget", [*defaults, "debug=true", "save_steps=7"]))  # the same run
+    utils.check_run(tmp_path, utils.compose_config("forget", [*defaults, "debug=true", "save_steps=7"]))  # the same run
     with pytest.raises(ValueError, match=r"seed=42 there, 7 here; batch_size=4 there, 8 here") as refused:
-        utils.open_run(tmp_path, utils.compose_config("forget", [*defaults, "batch_size=8", "seed=7"]))
+        utils.check_run(tmp_path, utils.compose_config("forget", [*defaults, "batch_size=8", "seed=7"]))
     assert str(tmp_path) in str(refused.value)
     assert "lr" not in str(refused.value).replace(str(tmp_path), "")
 
@@ -314,3 +318,12 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"question": "a\u2028b", "answer": "c\u0085d"}, ensure_ascii=False), encoding="utf-8")
     assert settings.check_rows(file) == 1
+
+
+@pytest.mark.parametrize("script", sorted(CONFIGS))
+def test_help_names_every_key_with_its_meaning(place: Path, script: str) -> None:
+    done = run_in(place, f"python {ROOT}/{script}.py --help")
+    assert done.stderr == ""
+    for words in ("batch_size: 4 # rows per process", "model_family: llama, ", "save_dir: null # the run's own folder"):
+        assert words in done.stdout
+    assert ("method: ga, gd, idk, kl, npo, rmu, tnpo, wga, wtnpo" in done.stdout) == (script == "forget")
