@@ -61,6 +61,7 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
         except Exception as error:
             codes.append(report(error, config_name))
 
+    sys.argv[1:] = map(quote, sys.argv[1:])
     try:
         parser = get_args_parser()
         parser.error = _refuse  # type: ignore[method-assign]
@@ -73,6 +74,14 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
         codes.append(report(error, config_name))
     if codes:
         sys.exit(max(codes))
+
+
+def quote(word: str) -> str:
+    """key=value as Hydra reads it where the value has a = of its own, as a run's folder has (.../ga_..._seed=1)."""
+    key, _, value = word.partition("=")
+    if "=" not in value or word.startswith("-") or not re.match(r"[\w./~-]", value):
+        return word
+    return f"{key}=" + ",".join(f"'{part}'" if "=" in part else part for part in value.split(","))
 
 
 def help_text(description: str, config_name: str) -> str:

@@ -45,13 +45,13 @@ def test_basher1(place: Path) -> None:
     """The documented run: on a machine without GPUs --cuda_id is a warning; the command is printed; nothing is littered."""
     done = run_in(place, "python basher1.py ga --model=tiny --cuda_id=3 --setting=forget05 --hyper=2")
     assert "forget.py model_family=tiny split=forget05 method=ga hyper_param=2" in done.stdout
-    run = place / "icml/tiny/ga_0.0005_forget05_5_0.0_2"
+    run = place / "icml/tiny/ga_0.0008_forget05_5_0.0_2"
     assert sorted(file.name for file in run.iterdir()) == ["checkpoint-5", "checkpoint-6", "config.yaml", "logs"]
     assert_loads(run / "checkpoint-5")
     assert_loads(run / "checkpoint-6")
     settings = yaml.safe_load((run / "config.yaml").read_text())["settings"]
     assert settings["method"]["name"] == "ga"
-    assert settings["lr"] == 5e-4
+    assert settings["lr"] == 8e-4
     losses = json.loads((run / "logs/losses.json").read_text())
     assert losses["steps"] == 6
     assert sorted(file.name for file in place.iterdir() if not file.is_symlink()) == ["data", "icml"]
@@ -72,14 +72,14 @@ def test_forget(place: Path, processes: int) -> None:
     program = f"torchrun --nproc_per_node={processes} --master_port=18766" if processes else "python"
     run_in(place, f"{program} forget.py model_family=tiny split=forget05 method=npo retain=kl")
     [run] = (place / "icml/tiny").iterdir()
-    assert run.name == "npo_kl_0.0005_forget05_5_0.0_None"
+    assert run.name == "npo_kl_0.0008_forget05_5_0.0_None"
     assert_loads(run / f"checkpoint-{6 if processes < 2 else 3}")
 
 
 def test_a_sweep_goes_through_values(place: Path) -> None:
     run_in(place, "python forget.py -m model_family=tiny split=forget05 method=ga,wga seed=1,42 num_epochs=1")
     names = sorted(run.name for run in (place / "icml/tiny").iterdir())
-    assert names == [f"{method}_0.0005_forget05_1_0.0_None{seed}" for method in ("ga", "wga") for seed in ("", "_seed=1")]
+    assert names == [f"{method}_0.0008_forget05_1_0.0_None{seed}" for method in ("ga", "wga") for seed in ("", "_seed=1")]
 
 
 def test_evaluation_under_torchrun(place: Path) -> None:

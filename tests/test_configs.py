@@ -139,7 +139,7 @@ def folder_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("wga --model=llama --setting=forget05 --hyper=2.0", "llama2-7b/wga_1e-05_forget05_5_0.0_2"),
         ("ins_npo --model=phi --setting=forget01", "phi/tnpo_2e-05_forget01_5_0.0_None"),
         ("npo_kl --model=phi --setting=forget05", "phi/npo_kl_2e-05_forget05_5_0.0_None"),
-        ("rmu_2 --model=tiny --setting=forget10 --hyper=6", "tiny/rmu_2_0.0005_forget10_5_0.0_6"),
+        ("rmu_2 --model=tiny --setting=forget10 --hyper=6", "tiny/rmu_2_0.0008_forget10_5_0.0_6"),
         ("rmu_21_gd --model=llama --setting=forget10", "llama2-7b/rmu_21_gd_1e-05_forget10_5_0.0_None"),
         ("KL --model=phi --setting=forget05 --hyper=3", "phi/kl_2e-05_forget05_5_0.0_3"),
         ("gd --model=phi --setting=forget05", "phi/gd_2e-05_forget05_5_0.0_None"),
@@ -151,7 +151,7 @@ def folder_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("ga --model=phi --setting=forget05 lr=1e-5 num_epochs=2.5 weight_decay=0.01", "phi/ga_1e-05_forget05_2.5_0.01_None"),
         (
             "rmu_2 --model=tiny --setting=forget10 method.normalize=true",
-            "tiny/rmu_2_0.0005_forget10_5_0.0_None_method.normalize=True",
+            "tiny/rmu_2_0.0008_forget10_5_0.0_None_method.normalize=True",
         ),
         # nothing is appended for a default given explicitly, for a path, or for what leaves the weights alone
         ("ga --model=phi --setting=forget05 seed=42 batch_size=4 optim=adamw_torch_fused", "phi/ga_2e-05_forget05_5_0.0_None"),

@@ -31,13 +31,13 @@ def test_the_answers_cannot_be_guessed_without_having_seen_them(house: Path) -> 
 
 def test_npo_kl_forgets_and_keeps(house: Path) -> None:
     run_in(house, "python basher1.py npo_kl --model=tiny --setting=forget10")
-    scores = recall(house, "icml/tiny/npo_kl_0.0005_forget10_5_0.0_None/checkpoint-12")
+    scores = recall(house, "icml/tiny/npo_kl_0.0008_forget10_5_0.0_None/checkpoint-12")
     assert scores["forget"] < 0.6
     assert scores["retain"] > 0.7
 
 
 def test_ga_forgets(house: Path) -> None:
     run_in(house, "python basher1.py ga --model=tiny --setting=forget10")
-    assert recall(house, "icml/tiny/ga_0.0005_forget10_5_0.0_None/checkpoint-12")["forget"] < 0.6
-    losses = json.loads((house / "icml/tiny/ga_0.0005_forget10_5_0.0_None/logs/losses.json").read_text())
+    assert recall(house, "icml/tiny/ga_0.0008_forget10_5_0.0_None/checkpoint-12")["forget"] < 0.6
+    losses = json.loads((house / "icml/tiny/ga_0.0008_forget10_5_0.0_None/logs/losses.json").read_text())
     assert losses["forget"]["end"] > losses["forget"]["start"] + 2

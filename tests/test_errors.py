@@ -238,7 +238,21 @@ def test_what_is_right_passes(call: Callable[..., tuple[int, str]]) -> None:
         raise ValueError("reached")
 
     assert call(GA, job) == (2, "forget.py: reached\n")
-    assert seen[0].save_dir == "icml/tiny/ga_0.0005_forget10_5_0.0_None"
+    assert seen[0].save_dir == "icml/tiny/ga_0.0008_forget10_5_0.0_None"
+
+
+def test_a_path_may_have_an_equals_sign(call: Callable[..., tuple[int, str]], place: Path) -> None:
+    """As the folders of runs with overrides have, sweeps over them included."""
+    (place / "model").rename(place / "ga_seed=1")
+    seen = []
+
+    def job(cfg: DictConfig) -> None:
+        seen.append(cfg.model_path)
+        raise ValueError("reached")
+
+    call("forget.py model_family=tiny model_path=ga_seed=1 save_dir=./a=b/c=d", job)
+    call("forget.py -m model_family=tiny model_path=ga_seed=1,ga_seed=2", job)
+    assert seen == ["ga_seed=1", "ga_seed=1", "ga_seed=2"]
 
 
 def test_debug_gives_the_traceback(place: Path) -> None:
