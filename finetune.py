@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> None:
     from unlearn.checkpoints import load_model, load_tokenizer, new_model, pad_id, save_into
     from unlearn.loss import Loss
     from unlearn.objectives import mean_nll
-    from unlearn.training import train
+    from unlearn.training import end, train
 
     rows = dataloader.finetune_rows(cfg)
     steps, per_epoch = utils.count_steps(cfg, len(rows))
@@ -55,7 +55,8 @@ def run(cfg: DictConfig) -> None:
         tokenizer, model = new_model(family.hf_key, texts, cfg.seed)
     else:
         tokenizer = load_tokenizer(family.hf_key, family.hf_key)
-        model = load_model(family.hf_key, utils.device(), family.flash_attention2)
+        flash = family.flash_attention2 and utils.use_bfloat16(cfg.dtype, family)
+        model = load_model(family.hf_key, utils.device(), flash)
 
     tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length)
     batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), pad_id(tokenizer))
@@ -65,6 +66,7 @@ def run(cfg: DictConfig) -> None:
             save_into(folder, model, tokenizer, cfg.save_dtype)
 
     train(model, Loss(mean_nll), batches, utils.training_settings(cfg, family, steps, per_epoch), folder, publish)
+    end(folder)
     utils.say(f"{steps} steps done; the model is in {folder}")
 
 

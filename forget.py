@@ -58,36 +58,35 @@ def run(cfg: DictConfig) -> None:
 
     from unlearn.checkpoints import load_model, load_tokenizer, pad_id, save_checkpoint
     from unlearn.scores import token_mean, token_nlls
-    from unlearn.training import train
+    from unlearn.training import end, train
 
-    tokenizer, model = (
-        load_tokenizer(cfg.model_path, family.hf_key),
-        load_model(cfg.model_path, utils.device(), family.flash_attention2),
-    )
-    pad, bf16 = pad_id(tokenizer), utils.use_bfloat16(cfg.dtype, family)
+    bf16 = utils.use_bfloat16(cfg.dtype, family)
+    model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16)
+    tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
+    pad = pad_id(tokenizer)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
     measured = {"forget": tokenize(data.forget), "retain": tokenize(data.held_out)}
     if cfg.method.answers == "idk":
         measured["idk"] = tokenize(dataloader.idk_rows(data.forget, cfg.seed))
     nlls = partial(token_nlls, collate=partial(dataloader.collate, pad=pad), bf16=bf16)
 
-    start = {name: nlls(model, rows, what=f"{name} loss before") for name, rows in measured.items()}
+    before = {name: nlls(model, rows, what=f"{name} loss before") for name, rows in measured.items()}
     target = measured.get("idk", measured["forget"])
     if cfg.method.reference:  # the model before unlearning is the reference, and this pass its log-probabilities
-        target = [row | {"ref_nll": nll} for row, nll in zip(target, start["forget"], strict=True)]
+        target = [row | {"ref_nll": nll} for row, nll in zip(target, before["forget"], strict=True)]
     retain = tokenize(data.retain) if cfg.retain.term else []
     batches = dataloader.step_batches(cfg, target, retain, steps, utils.processes(), pad)
 
     began = time.time()
     publish = partial(save_checkpoint, folder, tokenizer, cfg.save_dtype)
-    train(
-        model, build_loss(cfg, model, folder), batches, utils.training_settings(cfg, family, steps, per_epoch), folder, publish
-    )
+    how = utils.training_settings(cfg, family, steps, per_epoch)
+    train(model, build_loss(cfg, model, folder), batches, how, folder, publish)
     seconds = time.time() - began
-    end = {name: nlls(model, rows, what=f"{name} loss after") for name, rows in measured.items()}
-    losses = {name: {"start": token_mean(start[name]), "end": token_mean(end[name])} for name in measured}
+    after = {name: nlls(model, rows, what=f"{name} loss after") for name, rows in measured.items()}
+    losses = {name: {"start": token_mean(before[name]), "end": token_mean(after[name])} for name in measured}
     if utils.is_main_process():
         utils.write_json(folder / "logs" / "losses.json", losses | {"steps": steps, "training_seconds": round(seconds, 1)})
+    end(folder)
     for name, loss in losses.items():
         utils.say(f"{name + ' loss':12} {loss['start']:8.3f} -> {loss['end']:8.3f} nats a token")
     utils.say(f"{steps} steps in {seconds:.0f} s; checkpoints and logs are in {folder}")

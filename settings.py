@@ -70,6 +70,9 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
         if args.help:
             return print(help_text(sys.modules[run.__module__].__doc__ or "", config_name))
         hydra.main(version_base=None, config_path=str(CONFIG), config_name=config_name)(job)()
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        codes.append(130)
     except Exception as error:
         codes.append(report(error, config_name))
     if codes:

@@ -37,8 +37,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from unlearn.scores import greedy_answers, rouge_l_recalls, token_mean, token_nlls
 
     tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
-    model = load_model(cfg.model_path, utils.device(), family.flash_attention2)
     bf16 = utils.use_bfloat16(cfg.dtype, family)
+    model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16)
     collate = partial(dataloader.collate, pad=pad_id(tokenizer))
 
     data = dataloader.unlearning_data(cfg)

@@ -67,16 +67,16 @@ class StepTrainer(Trainer):
         return sum(parts.values()) * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the loss's parts to the step's line. Raises FloatingPointError where the loss is not finite."""
+        """Add the loss's parts to the step's line. Raises FloatingPointError where loss or gradient is not finite."""
         if "loss" in logs:
             parts = self.accelerator.reduce(self._parts, reduction="sum")
             logs |= {name: part.item() for name, part in parts.items()}
             self._parts = {}
         super().log(logs, *args, **kwargs)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"step {self.state.global_step}: the loss is {logs['loss']}; stopped, the last checkpoint is kept"
-            )
+        for name in ("loss", "grad_norm"):  # logged before the step is saved
+            if not math.isfinite(logs.get(name, 0.0)):
+                step = self.state.global_step
+                raise FloatingPointError(f"step {step}: {name} is {logs[name]}; stopped, the checkpoints before it are kept")
 
 
 class StepLog(TrainerCallback):
@@ -132,6 +132,8 @@ def train(
 ) -> None:
     """Train `model` in place on `batches` (see `StepTrainer`), going on from `run/resume` if a killed run left one.
 
+    `run/resume` stays until `end(run)`.
+
     Args:
         publish: called on the main process with the model and the step, every `save_steps` steps and after the last.
 
@@ -153,8 +155,12 @@ def train(
     start = last_whole(resume)
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        shutil.rmtree(resume, ignore_errors=True)
+
+
+def end(run: Path) -> None:
+    """Drop what a killed run would have gone on from: call it when all that the run writes is written."""
+    if PartialState().is_main_process:
+        shutil.rmtree(run / "resume", ignore_errors=True)
 
 
 def _arguments(s: Settings, resume: Path) -> TrainingArguments:
