@@ -15,6 +15,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from unlearn.loss import Loss
 
@@ -77,6 +78,14 @@ class StepTrainer(Trainer):
             if not math.isfinite(logs.get(name, 0.0)):
                 step = self.state.global_step
                 raise FloatingPointError(f"step {step}: {name} is {logs[name]}; stopped, the checkpoints before it are kept")
+
+
+class Progress(ProgressCallback):
+    """A progress bar with the loss beside it, in place of a printed line a step."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
 class StepLog(TrainerCallback):
@@ -152,6 +161,8 @@ def train(
         train_dataset=batches,
         callbacks=[StepLog(run / "logs" / "train.jsonl"), Publish(publish, resume)],
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress)
     start = last_whole(resume)
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     trainer.accelerator.wait_for_everyone()
