@@ -24,7 +24,7 @@ USAGE = "basher1.py METHOD --model=FAMILY --setting=forget01|forget05|forget10 [
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument(
         "method", help="ga, wga, npo, tnpo, wtnpo, rmu_LAYER, idk, gd, kl, ..., each with an optional _gd or _kl"
@@ -35,8 +35,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--hyper", type=float, help="the method's number (for gd and kl the retain term's weight); left out: its default"
     )
     parser.add_argument("--cuda_id", type=int, help="which GPU; left out: what is there")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="further settings of forget.py")
-    return parser.parse_intermixed_args(argv)
+    args, overrides = parser.parse_known_args(argv)
+    if strange := [word for word in overrides if word.startswith("-") or "=" not in word]:
+        _refuse(f"{' '.join(strange)}: no such argument")
+    args.overrides = overrides
+    return args
 
 
 def _refuse(message: str) -> NoReturn:
@@ -64,7 +67,8 @@ def command(args: argparse.Namespace) -> list[str]:
     load_family(args.model)
     check_forget_split(args.setting)
     settings = [f"model_family={args.model}", f"split={args.setting}", *parse_method(args.method)]
-    settings += [] if args.hyper is None else [f"hyper_param={args.hyper:g}"]
+    if args.hyper is not None:
+        settings.append(f"hyper_param={int(args.hyper) if args.hyper.is_integer() else args.hyper}")
     return [sys.executable, str(ROOT / "forget.py"), *settings, *args.overrides]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from unlearn.tokens import IGNORE
-from utils import RETAIN_OF, Family, read_jsonl
+from utils import RETAIN_OF, Family, default_holdout, read_jsonl
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,15 +48,15 @@ def tokenize(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase,
     """
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise ValueError(f"{tokenizer.name_or_path}: needs a fast tokenizer with an end-of-sequence token")
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
             raise ValueError(f"row {number}: needs the texts 'question' and 'answer', and has {sorted(row)}")
     prompts = [family.prompt(row["question"]) for row in rows]
     texts = [prompt + row["answer"] for prompt, row in zip(prompts, rows, strict=True)]
     encoded = tokenizer(texts, return_offsets_mapping=True)
     tokenized = []
-    for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
-        boundary = len(prompts[number]) - (len(family.answer_tag) if family.loss_on_answer_tag else 0)
+    for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True), start=1):
+        boundary = len(prompts[number - 1]) - (len(family.answer_tag) if family.loss_on_answer_tag else 0)
         tokenized.append(_to_row(ids, [end for _, end in offsets], boundary, tokenizer.eos_token_id, max_length))
         if (tokenized[-1]["labels"] == IGNORE).all():
             raise ValueError(f"row {number}: its prompt alone fills max_length={max_length} tokens")
@@ -172,7 +172,7 @@ def unlearning_data(cfg: DictConfig) -> UnlearningData:
     """
     if cfg.forget_data is not None:
         forget, retain = read_jsonl(cfg.forget_data), read_jsonl(cfg.retain_data)
-        n = min(400, len(retain) // 5) if cfg.retain_holdout is None else cfg.retain_holdout
+        n = default_holdout(len(retain)) if cfg.retain_holdout is None else cfg.retain_holdout
     else:
         forget, retain = read_split(cfg.data_path, cfg.split), read_split(cfg.data_path, RETAIN_OF[cfg.split])
         n = len(read_split(cfg.data_path, "retain_perturbed")) if cfg.retain_holdout is None else cfg.retain_holdout

@@ -30,7 +30,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
     family = settings.prepare(cfg, "forget")
     cfg.lr = family.unlearn_lr if cfg.lr is None else cfg.lr
     settings.check_forget_data(cfg)
-    cfg.model_path = utils.original_model(family) if cfg.model_path is None else utils.find_path(cfg.model_path)
+    cfg.model_path = utils.original_model(family, cfg) if cfg.model_path is None else utils.find_path(cfg.model_path)
     settings.check_checkpoint("model_path", cfg.model_path)
     if cfg.method.name in ("gd", "kl") and cfg.retain.name != cfg.method.name:
         raise ValueError(

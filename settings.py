@@ -23,12 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from utils import (
     CONFIG,
     FORGET_SPLITS,
-    HUB_TOFU,
     RETAIN_OF,
     TRAIN_SPLITS,
     Family,
     compose_config,
     count_steps,
+    default_holdout,
     defaults_of,
     find_path,
     flatten,
@@ -80,10 +80,12 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
 
 
 def quote(word: str) -> str:
-    """key=value as Hydra reads it where the value has a = of its own, as a run's folder has (.../ga_..._seed=1)."""
+    """key=value as Hydra reads it where the value is a path with a = of its own (.../ga_..._seed=1) or such signs."""
     key, _, value = word.partition("=")
-    if "=" not in value or word.startswith("-") or not re.match(r"[\w./~-]", value):
+    if "=" not in word or word.startswith("-") or re.match(r"['\"\[{$]", value):
         return word
+    if not re.fullmatch(r"[A-Za-z0-9_./:-]*", value) and Path(value).exists():
+        return f"{key}='" + value.replace("'", "\\'") + "'"
     return f"{key}=" + ",".join(f"'{part}'" if "=" in part else part for part in value.split(","))
 
 
@@ -208,7 +210,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weight_decay": _number(0),
     "max_grad_norm": _number(0),
     "save_steps": _number(1, whole=True),
-    "retain_holdout": _number(0, whole=True),
+    "retain_holdout": _number(1, whole=True),
     "max_length": _number(2, whole=True),
     "hyper_param": _number(-math.inf),
     "retain.weight": _number(0),
@@ -228,6 +230,8 @@ NULLABLE = {"lr", "num_epochs", "save_steps", "retain_holdout", "hyper_param", "
 
 def check_values(cfg: DictConfig, config_name: str) -> None:
     """Raises ValueError for a value of the wrong type or range, or a key that the configuration does not have."""
+    if "method" in cfg and config_name != "forget":
+        raise ValueError(f"the configuration is forget's: is --config-name={config_name} meant?")
     defaults = defaults_of(cfg, config_name)
     known = flatten(defaults)
     if missing := [key for key in known if key not in flatten(cfg)]:
@@ -297,6 +301,7 @@ def check_forget_data(cfg: DictConfig) -> None:
     held_out = cfg.retain_holdout
     if cfg.forget_data is not None:
         forget, retain = check_rows(cfg.forget_data, "forget_data"), check_rows(cfg.retain_data, "retain_data")
+        held_out = default_holdout(retain) if held_out is None else held_out
     else:
         forget, retain = (check_split(cfg.data_path, split) for split in (cfg.split, RETAIN_OF[cfg.split]))
         held_out = check_split(cfg.data_path, "retain_perturbed") if held_out is None else held_out
@@ -317,7 +322,11 @@ def check_checkpoint(key: str, path: str) -> None:
         return
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     inside = sorted((str(file.parent) for file in folder.glob("*/config.json")), key=lambda name: (len(name), name))
-    what = "a folder without a checkpoint" if Path(path).is_dir() else "neither a folder nor a model that the hub gives"
+    what = (
+        "a folder without a checkpoint"
+        if Path(path).is_dir()
+        else "no such folder, and no model that the hub gives (offline? give a local folder)"
+    )
     raise ValueError(f"{key}={path}: {what}" + (f"; there are {', '.join(inside)}" if inside else ""))
 
 
@@ -342,7 +351,8 @@ def check_split(data_path: str, split: str) -> int | None:
         there = ", ".join(sorted(file.stem for file in Path(data_path).glob("*.json")))
         raise ValueError(f"split={split}: data_path={data_path} has no {split}.json; there are {there or 'no splits'}")
     if not Path(data_path).is_dir() and not on_hub(data_path, "dataset"):
-        raise ValueError(f"data_path={data_path}: neither a folder nor a data set that the hub gives, as {HUB_TOFU}")
+        why = "no such folder, and no data set that the hub gives (offline? give a local copy of TOFU)"
+        raise ValueError(f"data_path={data_path}: {why}")
     return None
 
 
@@ -371,5 +381,6 @@ def check_rows(file: str | Path, key: str = "data_path") -> int:
     rows = read_jsonl(file)
     for number, row in enumerate(rows, start=1):
         if not all(isinstance(row.get(text), str) for text in ("question", "answer")):
-            raise ValueError(f"{key}={file}, row {number}: needs the texts 'question' and 'answer', and has {list(row)}")
+            kinds = {name: type(value).__name__ for name, value in row.items()}
+            raise ValueError(f"{key}={file}, row {number}: needs the texts 'question' and 'answer', and has {kinds}")
     return len(rows)

@@ -132,13 +132,11 @@ def _as_bool(value: Any) -> bool:
 # ---- run folders ----
 
 
-def finetuned_folder(family: Family, cfg: DictConfig | None = None) -> Path:
-    """Where finetune.py puts a model of the family by itself; left out, the settings are its defaults."""
-    if cfg is None:
-        cfg = compose_config("finetune", [f"model_family={family.name}"])
+def finetuned_folder(family: Family, cfg: DictConfig) -> Path:
+    """Where finetune.py, by its configuration, puts a model of the family by itself."""
     lr = family.finetune_lr if cfg.lr is None else cfg.lr
     epochs = family.finetune_epochs if cfg.num_epochs is None else cfg.num_epochs
-    name = f"ft_epoch{epochs:g}_lr{float(lr)}_{family.name}_{cfg.split}_wd{float(cfg.weight_decay)}"
+    name = f"ft_epoch{epochs:g}_lr{float(lr)}_{family.name}_{split_name(cfg)}_wd{float(cfg.weight_decay)}"
     return Path(cfg.output_dir, name + override_suffix(cfg, "finetune"))
 
 
@@ -147,7 +145,7 @@ def run_folder(cfg: DictConfig) -> Path:
     names = [cfg.method.get("run_name", cfg.method.name)]
     names += [cfg.retain.name] if cfg.retain.name not in ("none", cfg.method.name) else []
     hyper = "None" if cfg.hyper_param is None else f"{cfg.hyper_param:g}"
-    parts = ["_".join(names), float(cfg.lr), cfg.split, f"{cfg.num_epochs:g}", float(cfg.weight_decay), hyper]
+    parts = ["_".join(names), float(cfg.lr), split_name(cfg), f"{cfg.num_epochs:g}", float(cfg.weight_decay), hyper]
     return Path(cfg.output_dir, cfg.model_family, "_".join(map(str, parts)))
 
 
@@ -155,8 +153,8 @@ def override_suffix(cfg: DictConfig, config_name: str) -> str:
     """`_key=value` for every setting that changes the weights, differs from its default and is not in the name already."""
     known = flatten(defaults_of(cfg, config_name))
     changed = {key: value for key, value in flatten(cfg).items() if key not in UNNAMED and value != known[key]}
-    changed = {key: value for key, value in changed.items() if not key.startswith("method.objective.")}
-    return "".join(f"_{key}={value}" for key, value in sorted(changed.items()))
+    copies = {f"method.objective.{key.removeprefix('method.')}" for key in changed}  # of a key that is named itself
+    return "".join(f"_{key}={value}" for key, value in sorted(changed.items()) if key not in copies)
 
 
 def check_run(folder: Path, cfg: DictConfig) -> None:
@@ -229,17 +227,30 @@ def find_path(path: str) -> str:
     return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
 
 
-def original_model(family: Family) -> str:
-    """The family's model fine-tuned on `full`: what finetune.py put here, else `ft_model_path`."""
-    here = finetuned_folder(family)
+def split_name(cfg: DictConfig) -> str:
+    """What a folder's name calls the data: the split, or the local files that stand in its place."""
+    files = [cfg.forget_data] if "method" in cfg else [cfg.retain_data, cfg.forget_data if cfg.split == "full" else None]
+    return "+".join(Path(file).stem for file in files if file is not None) or str(cfg.split)
+
+
+def original_model(family: Family, cfg: DictConfig) -> str:
+    """The family's model fine-tuned on all the data: what finetune.py put here, else (for TOFU) `ft_model_path`."""
+    tuning = compose_config("finetune", [f"model_family={family.name}"])
+    tuning.forget_data, tuning.retain_data = cfg.forget_data, cfg.retain_data
+    here = finetuned_folder(family, tuning)
     if is_checkpoint(here):
         return str(here)
-    if family.ft_model_path is None:
+    if family.ft_model_path is None or cfg.forget_data is not None:
         raise ValueError(
             f"model_family={family.name}: no fine-tuned model, {here} is not there;"
             f" run finetune.py model_family={family.name} first, or give model_path=FOLDER"
         )
     return find_path(family.ft_model_path)
+
+
+def default_holdout(retain_rows: int) -> int:
+    """How many of local retain rows are held out where it is not said: a fifth of them, 400 at most."""
+    return min(400, max(1, retain_rows // 5))
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -279,7 +290,7 @@ def training_settings(cfg: DictConfig, family: Family, steps: int, steps_per_epo
 
     return Settings(
         steps=steps,
-        warmup_steps=steps_per_epoch,
+        warmup_steps=min(steps_per_epoch, steps - 1),  # a run shorter than an epoch reaches its lr too
         save_steps=cfg.save_steps or steps_per_epoch,
         bf16=use_bfloat16(cfg.dtype, family),
         lr=cfg.lr,

@@ -103,9 +103,19 @@ def test_local_files_in_place_of_tofu(place: Path) -> None:
         rows = [{"question": f"What is {name} {i}?", "answer": f"It is {i * i}."} for i in range(n)]
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = "forget_data=go.jsonl retain_data=keep.jsonl"
-    run_in(place, f"python finetune.py model_family=tiny {data} num_epochs=1 save_dir=model")
-    run_in(place, f"python forget.py model_family=tiny {data} model_path=model method=npo retain=gd num_epochs=2 save_dir=run")
-    assert_loads(place / "run/checkpoint-2")
+    run_in(place, f"python finetune.py model_family=tiny {data} num_epochs=1")
+    model = "data/weight/ft_epoch1_lr0.001_tiny_keep+go_wd0.0"
+    assert_loads(place / model)
+    run_in(place, f"python forget.py model_family=tiny {data} model_path={model} method=npo retain=gd num_epochs=2")
+    assert_loads(place / "icml/tiny/npo_gd_0.0008_go_2_0.0_None/checkpoint-2")
+
+
+def test_a_run_of_one_step_moves(place: Path) -> None:
+    """forget01 of the sample is one step: no warm-up from a learning rate of 0 then."""
+    run_in(place, "python basher1.py ga --model=tiny --setting=forget01")
+    losses = json.loads((place / "icml/tiny/ga_0.0008_forget01_5_0.0_None/logs/losses.json").read_text())
+    assert losses["steps"] == 1
+    assert losses["forget"]["end"] > losses["forget"]["start"] + 0.01
 
 
 def test_save_dtype(place: Path) -> None:

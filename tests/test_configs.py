@@ -116,7 +116,7 @@ def folder_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The folder that basher1's arguments, or forget.py's settings, lead to."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(settings, "on_hub", lambda name, repo_type: True)
-    monkeypatch.setattr(utils, "original_model", lambda family: "some/model")
+    monkeypatch.setattr(utils, "original_model", lambda family, cfg: "some/model")
     monkeypatch.setattr(settings, "check_layer", lambda model_path, layer: None)
 
     def folder_of(line: str) -> str:
@@ -153,6 +153,11 @@ def folder_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             "rmu_2 --model=tiny --setting=forget10 method.normalize=true",
             "tiny/rmu_2_0.0008_forget10_5_0.0_None_method.normalize=True",
         ),
+        (
+            "npo --model=phi --setting=forget05 method.objective.beta=2",
+            "phi/npo_2e-05_forget05_5_0.0_None_method.objective.beta=2",
+        ),
+        ("npo --model=phi --setting=forget05 --hyper=0.123456789", "phi/npo_2e-05_forget05_5_0.0_0.123457"),
         # nothing is appended for a default given explicitly, for a path, or for what leaves the weights alone
         ("ga --model=phi --setting=forget05 seed=42 batch_size=4 optim=adamw_torch_fused", "phi/ga_2e-05_forget05_5_0.0_None"),
         ("npo_kl --model=phi --setting=forget05 retain.weight=1", "phi/npo_kl_2e-05_forget05_5_0.0_None"),
@@ -176,20 +181,27 @@ def test_run_folder_is_where_the_user_says(folder_of: Any) -> None:
 def test_finetuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where finetune.py puts a model of the family is where forget.py looks for it."""
     tiny, phi = utils.load_family("tiny"), utils.load_family("phi")
-    assert str(utils.finetuned_folder(phi)) == "data/weight/ft_epoch5_lr2e-05_phi_full_wd0.0"
+    tuning = utils.compose_config("finetune", ["model_family=any"])
+    cfg = utils.compose_config("forget", ["model_family=any"])
+    assert str(utils.finetuned_folder(phi, tuning)) == "data/weight/ft_epoch5_lr2e-05_phi_full_wd0.0"
     given = ["model_family=tiny", "split=retain90", "lr=2e-5", "num_epochs=2.5", "weight_decay=0.01", "seed=1", "output_dir=w"]
     folder = utils.finetuned_folder(tiny, utils.compose_config("finetune", given))
     assert str(folder) == "w/ft_epoch2.5_lr2e-05_tiny_retain90_wd0.01_seed=1"
     monkeypatch.chdir(tmp_path)
-    assert utils.original_model(phi) == "locuslab/tofu_ft_phi-1.5"
-    here = utils.finetuned_folder(tiny)
+    assert utils.original_model(phi, cfg) == "locuslab/tofu_ft_phi-1.5"
+    here = utils.finetuned_folder(tiny, tuning)
     assert str(here) == "data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0"
     here.mkdir(parents=True)
     with pytest.raises(ValueError, match="no fine-tuned model"):
-        utils.original_model(tiny)
+        utils.original_model(tiny, cfg)
     for name in ("config.json", "model.safetensors"):
         (here / name).touch()
-    assert utils.original_model(tiny) == str(here)
+    assert utils.original_model(tiny, cfg) == str(here)
+    # local files: a model of TOFU is never taken for theirs
+    cfg.forget_data, cfg.retain_data = "mine/go.jsonl", "mine/keep.jsonl"
+    for family in (tiny, phi):
+        with pytest.raises(ValueError, match=r"keep\+go_wd0.0 is not there"):
+            utils.original_model(family, cfg)
 
 
 # ---- the short names ----

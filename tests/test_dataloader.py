@@ -145,7 +145,7 @@ def test_max_length(max_length: int) -> None:
 def test_a_prompt_that_leaves_no_room() -> None:
     tokenizer = word_tokenizer("Question: Why? Answer: nobody")
     rows = [{"question": "Why?", "answer": "nobody"}, {"question": "Why? Why? Why?", "answer": "nobody"}]
-    with pytest.raises(ValueError, match="row 1: its prompt alone fills max_length=5 tokens"):
+    with pytest.raises(ValueError, match="row 2: its prompt alone fills max_length=5 tokens"):
         tokenize(rows, tokenizer, PHI, 5)
     assert len(tokenize(rows, tokenizer, PHI, 6)) == 2
 
@@ -161,7 +161,7 @@ def test_loss_on_answer_tag(bpe: PreTrainedTokenizerFast, on_tag: bool, want: st
     "row", [{"question": "Why?"}, {"answer": "so"}, {"question": "Why?", "answer": None}, {"question": 3, "answer": "so"}]
 )
 def test_a_row_without_its_texts(bpe: PreTrainedTokenizerFast, row: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"row 3: needs the texts 'question' and 'answer', and has \[") as error:
+    with pytest.raises(ValueError, match=r"row 4: needs the texts 'question' and 'answer', and has \[") as error:
         tokenize([*ROWS, row], bpe, PHI, 500)
     assert all(f"'{key}'" in str(error.value) for key in row)
 

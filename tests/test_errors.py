@@ -37,6 +37,9 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} method=grad_diff", ["grad_diff", METHODS, "method=gd"]),
     (f"{GA} retain=foo", ["retain=foo", "gd, kl, none"]),
     (f"{GA} method=gd retain=kl", ["retain=kl", "method=gd is ga with the retain term gd"]),
+    ("finetune.py --config-name=forget model_family=tiny", ["forget's", "--config-name=finetune"]),
+    (f"{GA} retain_holdout=0", ["retain_holdout=0", "at least 1"]),
+    ("basher1.py npo --model=tiny --setting=forget10 --batch-size=8", ["--batch-size=8", "no such argument"]),
     ("forget.py --config-name=finetune model_family=tiny", ["lacks retain, method", "--config-name=forget"]),
     # families and splits
     ("forget.py", ["model_family", FAMILIES]),
@@ -77,6 +80,9 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} num_epochs=0", ["num_epochs=0", "number above 0"]),
     (f"{GA} seed=-1", ["seed=-1", "whole number of at least 0"]),
     (f"{GA} method=gd retain=kl", ["retain=kl", "method=gd"]),
+    ("finetune.py --config-name=forget model_family=tiny", ["forget's", "--config-name=finetune"]),
+    (f"{GA} retain_holdout=0", ["retain_holdout=0", "at least 1"]),
+    ("basher1.py npo --model=tiny --setting=forget10 --batch-size=8", ["--batch-size=8", "no such argument"]),
     ("forget.py --config-name=finetune model_family=tiny", ["lacks retain", "--config-name=forget"]),
     (f"{GA} seed=x", ["seed=x", "whole number of at least 0"]),
     (f"{GA} dtype=float8", ["float8", "auto, float32, bfloat16"]),
@@ -95,7 +101,7 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} method=rmu method.layer=-1", ["method.layer=-1", "whole number of at least 0"]),
     (f"{GA} method=rmu method.layer=1.5", ["method.layer=1.5", "whole number of at least 0"]),
     # folders
-    (f"{GA} data_path=nowhere", ["data_path=nowhere", "locuslab/TOFU"]),
+    (f"{GA} data_path=nowhere", ["data_path=nowhere", "no such folder", "a local copy of TOFU"]),
     (f"{GA} data_path=some_splits", ["forget10", "data_path=some_splits", "full, retain90"]),
     ("finetune.py model_family=tiny split=retain95 data_path=some_splits", ["retain95", "full, retain90"]),
     ("finetune.py model_family=tiny hf_key=nowhere", ["hf_key=nowhere", "config.json"]),
@@ -111,7 +117,7 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} retain_data=two.jsonl", ["retain_data=two.jsonl", "forget_data=FILE"]),
     (f"{GA} forget_data=missing.jsonl retain_data=two.jsonl", ["forget_data=missing.jsonl", "no such file"]),
     (f"{GA} forget_data=two.jsonl retain_data=empty", ["retain_data=empty", "no such file"]),
-    (f"{GA} forget_data=bare.jsonl retain_data=two.jsonl", ["bare.jsonl, row 2", "'answer'", "['question']"]),
+    (f"{GA} forget_data=bare.jsonl retain_data=two.jsonl", ["bare.jsonl, row 2", "'answer'", "{'question': 'str'}"]),
     (f"{GA} forget_data=two.jsonl retain_data=broken.jsonl", ["broken.jsonl, line 3", "not JSON"]),
     (f"{GA} forget_data=blank.jsonl retain_data=two.jsonl", ["blank.jsonl", "no rows", "'answer'"]),
     (f"{GA} forget_data=latin.jsonl retain_data=two.jsonl", ["latin.jsonl, line 1", "utf-8"]),
@@ -143,7 +149,7 @@ COMMANDS = [  # the same as a user meets them: a process of their own, timed
     (f"{GA} 'lr=['", ["lr=[", "key=value"]),
     (f"{GA} split=forget20", ["forget20", SPLITS]),
     (f"{GA} method=rmu method.layer=5", ["method.layer=5", "to 4"]),
-    (f"{GA} data_path=no/where", ["data_path=no/where", "locuslab/TOFU"]),
+    (f"{GA} data_path=no/where", ["data_path=no/where", "no such folder", "a local copy of TOFU"]),
     (f"{GA} forget_data=bare.jsonl retain_data=two.jsonl", ["bare.jsonl, row 2", "'answer'"]),
     ("forget.py model_family=tiny model_path=a_run", ["a_run", "a_run/checkpoint-5"]),
     ("finetune.py model_family=lama", ["lama", FAMILIES]),
@@ -252,7 +258,10 @@ def test_a_path_may_have_an_equals_sign(call: Callable[..., tuple[int, str]], pl
 
     call("forget.py model_family=tiny model_path=ga_seed=1 save_dir=./a=b/c=d", job)
     call("forget.py -m model_family=tiny model_path=ga_seed=1,ga_seed=2", job)
-    assert seen == ["ga_seed=1", "ga_seed=1", "ga_seed=2"]
+    odd = place / "été (1), x=2.model"
+    (place / "ga_seed=1").rename(odd)
+    call(f"forget.py model_family=tiny 'model_path={odd.name}'", job)
+    assert seen == ["ga_seed=1", "ga_seed=1", "ga_seed=2", odd.name]
 
 
 def test_debug_gives_the_traceback(place: Path) -> None:

@@ -105,7 +105,10 @@ class StepLog(TrainerCallback):
         logs = kwargs["logs"]
         if state.is_world_process_zero and "loss" in logs:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step} | logs) + "\n")
+                numbers = {
+                    name: value for name, value in logs.items() if name != "epoch"
+                }  # Trainer's: the run is its one epoch
+                file.write(json.dumps({"step": state.global_step} | numbers) + "\n")
 
 
 class Publish(TrainerCallback):
