@@ -360,7 +360,7 @@ def on_hub(name: str, repo_type: str) -> bool:
     """Whether the hub, or its cache here, has the repository; answered within 2 seconds."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return False
-    from huggingface_hub import HfApi, scan_cache_dir
+    from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir
 
     try:
         HfApi().repo_info(name, repo_type=repo_type, timeout=2)
@@ -370,7 +370,7 @@ def on_hub(name: str, repo_type: str) -> bool:
             return True  # a slow network: let the real download decide
     try:
         return any(repo.repo_id == name and repo.repo_type == repo_type for repo in scan_cache_dir().repos)
-    except Exception:
+    except CacheNotFound:
         return False
 
 
