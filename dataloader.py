@@ -115,7 +115,9 @@ class StepBatches(Dataset[dict[str, Any]]):
         self.step_size = batch_size * batches_per_step
         n = steps * self.step_size
         self.forget_order = self._by_step(stream(len(forget), n, seed, "forget"), forget)
-        self.retain_order = self._by_step(stream(len(retain), n, seed, "retain"), retain) if retain else []
+        self.retain_order = self._by_step(stream(len(retain), n, seed, "retain"), retain) if retain else [[]] * steps
+        self.forget_counts = [counts([forget[row] for row in step]) for step in self.forget_order]
+        self.retain_counts = [counts([retain[row] for row in step]) for step in self.retain_order]
 
     def _by_step(self, order: list[int], rows: list[Row]) -> list[list[int]]:
         chunks = (order[i : i + self.step_size] for i in range(0, len(order), self.step_size))
@@ -127,12 +129,12 @@ class StepBatches(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         step, part = divmod(i, self.batches_per_step)
         here = slice(part * self.batch_size, (part + 1) * self.batch_size)
-        forget = [self.forget[row] for row in self.forget_order[step]]
-        retain = [self.retain[row] for row in self.retain_order[step]] if self.retain else []
-        batch: dict[str, Any] = collate(forget[here] + retain[here], self.pad)
-        batch |= {"n_forget": len(forget[here]), "forget_counts": counts(forget), "retain_counts": counts(retain)}
+        forget = [self.forget[row] for row in self.forget_order[step][here]]
+        retain = [self.retain[row] for row in self.retain_order[step][here]]
+        batch: dict[str, Any] = collate(forget + retain, self.pad)
+        batch |= {"n_forget": len(forget), "forget_counts": self.forget_counts[step], "retain_counts": self.retain_counts[step]}
         if "ref_nll" in forget[0]:
-            batch["ref_nll"] = torch.cat([row["ref_nll"] for row in forget[here]])
+            batch["ref_nll"] = torch.cat([row["ref_nll"] for row in forget])
         return batch
 
 
