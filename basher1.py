@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -73,6 +72,7 @@ def command(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
+    """Become the forget.py command that the arguments stand for; returns only what a user got wrong, as exit code 2."""
     try:
         args = parse_args(argv)
         line = command(args)
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
         print(f"basher1.py: {error}", file=sys.stderr)
         return 2
     print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *line]), flush=True)
-    return subprocess.run(line, env=os.environ | environment).returncode
+    os.execve(line[0], line, os.environ | environment)  # in this very process: signals reach it, its exit code is ours
 
 
 if __name__ == "__main__":

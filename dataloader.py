@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IDK = Path(__file__).parent / "data" / "idontknow.jsonl"
+ANSWER = "\ue000answer\ue000"  # stands where a chat template puts the answer; private-use characters, in no one's text
 
 Row = dict[str, Tensor]  # input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference
 
@@ -37,26 +38,73 @@ def read_split(data_path: str, name: str) -> list[dict[str, Any]]:
     return load_dataset(data_path, name, split="train").to_list()
 
 
+def prompt_and_answer(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> tuple[str, str]:
+    """All that stands before the answer, and the answer as it stands there: with the family's tags or chat template.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or one that refuses the messages or changes what they say.
+    """
+    question, answer = row["question"], row["answer"]
+    if not family.chat_template:
+        return family.prompt(question), answer
+    prompt, found, after = _render(question, ANSWER, tokenizer, family).partition(ANSWER)
+    text = _render(question, answer, tokenizer, family) if answer else prompt + after  # some leave out an empty message
+    shown = text[len(prompt) : len(text) - len(after)]
+    system = family.system_prompt or ""
+    as_given = {
+        f"the answer {answer!r:.60}": found and text == prompt + shown + after and shown.strip() == answer.strip(),
+        f"the question {question!r:.60}": question.strip() in prompt,
+        f"system_prompt={system}": system.strip() in prompt,
+    }
+    if changed := [what for what, same in as_given.items() if not same]:
+        raise ValueError(f"{_template_of(tokenizer, family)} does not show {' and '.join(changed)} as given")
+    return prompt, shown
+
+
+def _render(question: str, answer: str, tokenizer: PreTrainedTokenizerBase, family: Family) -> str:
+    """The tokenizer's chat template on the two. Raises ValueError where it has none, or one that refuses them."""
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise ValueError(f"model_family={family.name}: the tokenizer {tokenizer.name_or_path} has no chat template")
+    texts = {"system": family.system_prompt, "user": question, "assistant": answer}
+    messages = [{"role": role, "content": text} for role, text in texts.items() if text is not None]
+    date: dict[str, Any] = {} if family.date_string is None else {"date_string": family.date_string}
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **date))
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"{_template_of(tokenizer, family)} refuses the messages {roles} ({error})") from error
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase, family: Family) -> str:
+    return f"model_family={family.name}: the chat template of {tokenizer.name_or_path}"
+
+
 def tokenize(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, family: Family, max_length: int) -> list[Row]:
     """Question-answer rows to token ids, with labels on the answer's tokens and one end-of-sequence token.
 
-    The boundary is a character offset of the one tokenised text: a token that reaches past it is the answer's.
+    The boundary is a character offset of the one tokenised text: a token that reaches past it is the answer's. A chat
+    template writes the beginning-of-sequence token itself, and what it writes after the answer is dropped.
 
     Raises:
         ValueError: a row lacks its question or answer or is longer than its prompt leaves room for, or the tokenizer
-            has no end-of-sequence token or gives no offsets.
+            has no end-of-sequence token, gives no offsets or does not have the chat template that the family needs.
     """
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise ValueError(f"{tokenizer.name_or_path}: needs a fast tokenizer with an end-of-sequence token")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
             raise ValueError(f"row {number}: needs the texts 'question' and 'answer', and has {sorted(row)}")
-    prompts = [family.prompt(row["question"]) for row in rows]
-    texts = [prompt + row["answer"] for prompt, row in zip(prompts, rows, strict=True)]
-    encoded = tokenizer(texts, return_offsets_mapping=True)
+    texts = [prompt_and_answer(row, tokenizer, family) for row in rows]
+    encoded = tokenizer(
+        [prompt + answer for prompt, answer in texts],
+        add_special_tokens=not family.chat_template,
+        return_offsets_mapping=True,
+    )
     tokenized = []
     for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True), start=1):
-        boundary = len(prompts[number - 1]) - (len(family.answer_tag) if family.loss_on_answer_tag else 0)
+        boundary = len(texts[number - 1][0]) - (len(family.answer_tag) if family.loss_on_answer_tag else 0)
         tokenized.append(_to_row(ids, [end for _, end in offsets], boundary, tokenizer.eos_token_id, max_length))
         if (tokenized[-1]["labels"] == IGNORE).all():
             raise ValueError(f"row {number}: its prompt alone fills max_length={max_length} tokens")
@@ -103,8 +151,9 @@ class StepBatches(Dataset[dict[str, Any]]):
 
     A step's rows are drawn from `seed` whatever the number of processes and micro-batches, and sorted by length within
     the step. Beside each forget row stands a retain row, drawn from a stream of its own. An item holds `input_ids`,
-    `attention_mask` and `labels` (B, T), forget rows first; `n_forget`; `forget_counts` and `retain_counts`, the label
-    tokens and rows of the whole step; and `ref_nll` (label tokens of the forget rows) where the rows have it.
+    `attention_mask` and `labels` (B, T), forget rows first; `n_forget`; `rows`, which ones they are; `forget_counts` and
+    `retain_counts`, the label tokens and rows of the whole step; and `ref_nll` (label tokens of the forget rows) where the
+    rows have it.
     """
 
     def __init__(
@@ -133,6 +182,7 @@ class StepBatches(Dataset[dict[str, Any]]):
         retain = [self.retain[row] for row in self.retain_order[step][here]]
         batch: dict[str, Any] = collate(forget + retain, self.pad)
         batch |= {"n_forget": len(forget), "forget_counts": self.forget_counts[step], "retain_counts": self.retain_counts[step]}
+        batch["rows"] = {"forget": self.forget_order[step][here], "retain": self.retain_order[step][here]}
         if "ref_nll" in forget[0]:
             batch["ref_nll"] = torch.cat([row["ref_nll"] for row in forget])
         return batch

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 import settings
 import utils
+from unlearn.files import count_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,11 +28,15 @@ def prepare(cfg: DictConfig) -> utils.Family:
     cfg.lr = family.finetune_lr if cfg.lr is None else cfg.lr
     cfg.num_epochs = family.finetune_epochs if cfg.num_epochs is None else cfg.num_epochs
     settings.check_finetune_data(cfg)
+    settings.check_logger(cfg.logger)
     if not family.from_scratch:
         settings.check_checkpoint("hf_key", family.hf_key)
     if cfg.save_dir is None:
         cfg.save_dir = str(utils.finetuned_folder(family, cfg))
+    settings.check_folder(Path(cfg.save_dir))
     utils.check_run(Path(cfg.save_dir), cfg)
+    if not family.from_scratch and Path(family.hf_key).is_dir():
+        settings.check_disk(cfg, {Path(cfg.save_dir)}, count_parameters(Path(family.hf_key)))
     return family
 
 
@@ -52,12 +57,13 @@ def run(cfg: DictConfig) -> None:
     utils.open_run(folder, cfg)
     if family.from_scratch:
         texts = [family.prompt(row["question"]) + row["answer"] for row in dataloader.finetune_rows(cfg, "full")]
-        tokenizer, model = new_model(family.hf_key, texts, cfg.seed)
+        tokenizer, model = new_model(family.hf_key, texts, cfg.seed, utils.device())
     else:
         tokenizer = load_tokenizer(family.hf_key, family.hf_key)
         flash = family.flash_attention2 and utils.use_bfloat16(cfg.dtype, family)
         model = load_model(family.hf_key, utils.device(), flash)
 
+    settings.check_disk(cfg, {folder}, model.num_parameters())
     tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length)
     batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), pad_id(tokenizer))
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 import settings
 import utils
+from unlearn.files import count_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +30,8 @@ def prepare(cfg: DictConfig) -> utils.Family:
     """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
     family = settings.prepare(cfg, "forget")
     cfg.lr = family.unlearn_lr if cfg.lr is None else cfg.lr
-    settings.check_forget_data(cfg)
+    rows = settings.check_forget_data(cfg)
+    settings.check_logger(cfg.logger)
     cfg.model_path = utils.original_model(family, cfg) if cfg.model_path is None else utils.find_path(cfg.model_path)
     settings.check_checkpoint("model_path", cfg.model_path)
     if cfg.method.name in ("gd", "kl") and cfg.retain.name != cfg.method.name:
@@ -40,8 +42,17 @@ def prepare(cfg: DictConfig) -> utils.Family:
         settings.check_layer(cfg.model_path, cfg.method.layer)
     if cfg.save_dir is None:
         cfg.save_dir = str(utils.run_folder(cfg)) + utils.override_suffix(cfg, "forget")
+    settings.check_folder(Path(cfg.save_dir))
     utils.check_run(Path(cfg.save_dir), cfg)
+    if rows is not None and Path(cfg.model_path).is_dir():
+        steps, _ = utils.count_steps(cfg, rows)
+        settings.check_disk(cfg, checkpoints(cfg, steps), count_parameters(Path(cfg.model_path)))
     return family
+
+
+def checkpoints(cfg: DictConfig, steps: int) -> set[Path]:
+    """The folders that the run leaves."""
+    return {Path(cfg.save_dir, f"checkpoint-{step}") for step in [*range(cfg.save_steps, steps, cfg.save_steps), steps]}
 
 
 def run(cfg: DictConfig) -> None:
@@ -62,6 +73,7 @@ def run(cfg: DictConfig) -> None:
 
     bf16 = utils.use_bfloat16(cfg.dtype, family)
     model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16)
+    settings.check_disk(cfg, checkpoints(cfg, steps), model.num_parameters())
     tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
     pad = pad_id(tokenizer)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)

@@ -6,10 +6,12 @@ Nothing here imports torch: a mistyped command is answered at once.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +22,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from unlearn.signals import Stopped, stop_at_once
 from utils import (
     CONFIG,
     FORGET_SPLITS,
@@ -36,6 +39,7 @@ from utils import (
     load_families,
     load_family,
     read_jsonl,
+    why_no_checkpoint,
 )
 
 ALIASES = {"grad_ascent": "ga", "ins_npo": "tnpo", "w_ins_npo": "wtnpo", "po": "idk", "grad_diff": "gd", "KL": "kl"}
@@ -62,6 +66,7 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
             codes.append(report(error, config_name))
 
     sys.argv[1:] = map(quote, sys.argv[1:])
+    stop_at_once()
     try:
         parser = get_args_parser()
         parser.error = _refuse  # type: ignore[method-assign]
@@ -70,9 +75,9 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
         if args.help:
             return print(help_text(sys.modules[run.__module__].__doc__ or "", config_name))
         hydra.main(version_base=None, config_path=str(CONFIG), config_name=config_name)(job)()
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        codes.append(130)
+    except Stopped as stopped:
+        _tell(f"{stopped}; the same command goes on from what is saved")
+        codes.append(stopped.code)
     except Exception as error:
         codes.append(report(error, config_name))
     if codes:
@@ -110,11 +115,15 @@ def report(error: Exception, config_name: str) -> int:
     if any(word.lower() == "debug=true" for word in sys.argv):
         raise error
     users = isinstance(error, (ValueError, HydraException, OmegaConfBaseException))
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        clear = users or isinstance(error, FloatingPointError)
-        line = one_line(error, config_name) if clear else f"{type(error).__name__}: {_flat(error)} (debug=true: the traceback)"
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    clear = users or isinstance(error, FloatingPointError | OSError)
+    _tell(one_line(error, config_name) if clear else f"{type(error).__name__}: {_flat(error)} (debug=true: the traceback)")
     return 2 if users else 1
+
+
+def _tell(line: str) -> None:
+    """Print the line once whatever the number of processes."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
 
 def _flat(error: BaseException) -> str:
@@ -221,11 +230,12 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": _one_of("auto", "float32", "bfloat16"),
     "save_dtype": _one_of("float32", "bfloat16"),
     "optim": _one_of("adamw_torch_fused", "adamw_torch", "sgd", "adafactor"),
+    "logger": _one_of("tensorboard", "wandb", "trackio"),
     "gradient_checkpointing": BOOL,
     "loss_on_answer_tag": BOOL,
     "debug": BOOL,
 }
-NULLABLE = {"lr", "num_epochs", "save_steps", "retain_holdout", "hyper_param", "gradient_checkpointing", "ds_size"}
+NULLABLE = {"lr", "num_epochs", "save_steps", "retain_holdout", "hyper_param", "gradient_checkpointing", "ds_size", "logger"}
 
 
 def check_values(cfg: DictConfig, config_name: str) -> None:
@@ -270,11 +280,60 @@ def prepare(cfg: DictConfig, config_name: str) -> Family:
     return replace(family, hf_key=cfg.hf_key, data_path=cfg.data_path)
 
 
+def check_logger(logger: str | None) -> None:
+    """Raises ValueError where the logger is not installed."""
+    if logger is not None and importlib.util.find_spec(logger) is None:
+        raise ValueError(f"logger={logger}: not installed; pip install {logger}")
+
+
+# ---- where a run writes ----
+
+OPTIMIZER_NUMBERS = {"sgd": 0, "adafactor": 0}  # that it keeps of each parameter; 2 for those of Adam's kind
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where the folder can't be made or written."""
+    there = nearest(folder)
+    if not there.is_dir():
+        raise ValueError(f"save_dir={folder}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"save_dir={folder}: {there} can't be written")
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+
+
+def check_disk(cfg: DictConfig, checkpoints: set[Path], parameters: int) -> None:
+    """Raises ValueError where the disk has no room for what the run has yet to write.
+
+    That is those of its `checkpoints` that are not there, of `parameters` numbers each, and what a killed run goes on from:
+    float32 weights and the optimiser's numbers, twice, for a new one is written before the old one goes.
+    """
+    folder = Path(cfg.save_dir)
+    missing = sum(not is_checkpoint(checkpoint) for checkpoint in checkpoints)
+    state = parameters * BYTES["float32"] * (1 + OPTIMIZER_NUMBERS.get(cfg.optim, 2))
+    there = sum(file.stat().st_size for file in folder.glob("resume/**/*") if file.is_file())
+    needed = missing * parameters * BYTES[cfg.save_dtype] + max(0, 2 * state - there)
+    free = shutil.disk_usage(nearest(folder)).free
+    if needed > free:
+        raise ValueError(
+            f"save_dir={folder}: {free / 2**30:.2f} GiB are free there, and the run writes {needed / 2**30:.2f} GiB: {missing}"
+            f" checkpoints of {parameters:,} parameters in {cfg.save_dtype}, and twice {state / 2**30:.2f} GiB to go on from"
+            " when it is killed (save_steps=N: fewer checkpoints; save_dtype=bfloat16: half their size)"
+        )
+
+
 # ---- checkpoints and data, before they are loaded ----
 
 
-def check_finetune_data(cfg: DictConfig) -> None:
-    """Raises ValueError where the split is none, or its data are not there, wrong, or too few for a step."""
+def check_finetune_data(cfg: DictConfig) -> int | None:
+    """How many rows there are, None where only `datasets` can tell.
+
+    Raises ValueError where the split is none, or its data are not there, wrong, or too few for a step.
+    """
     if cfg.split not in TRAIN_SPLITS:
         raise ValueError(f"split={cfg.split}: to fine-tune on is one of {', '.join(TRAIN_SPLITS)}")
     if cfg.forget_data is None and cfg.retain_data is None:
@@ -288,10 +347,14 @@ def check_finetune_data(cfg: DictConfig) -> None:
         rows = sum(check_rows(cfg[key], key) for key in keys if cfg[key] is not None)
     if rows is not None:
         count_steps(cfg, rows)
+    return rows
 
 
-def check_forget_data(cfg: DictConfig) -> None:
-    """Raises ValueError where the split is no forget split, or its data are not there, wrong, or too few."""
+def check_forget_data(cfg: DictConfig) -> int | None:
+    """How many rows there are to forget, None where only `datasets` can tell.
+
+    Raises ValueError where the split is no forget split, or its data are not there, wrong, or too few.
+    """
     check_forget_split(cfg.split)
     for given, missing in (("forget_data", "retain_data"), ("retain_data", "forget_data")):
         if cfg[given] is not None and cfg[missing] is None:
@@ -309,6 +372,7 @@ def check_forget_data(cfg: DictConfig) -> None:
         raise ValueError(f"retain_holdout={held_out}: the retain split has {retain} rows, and some must be left to train on")
     if forget is not None and "num_epochs" in cfg:
         count_steps(cfg, forget)
+    return forget
 
 
 def check_forget_split(split: str) -> None:
@@ -322,11 +386,9 @@ def check_checkpoint(key: str, path: str) -> None:
         return
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     inside = sorted((str(file.parent) for file in folder.glob("*/config.json")), key=lambda name: (len(name), name))
-    what = (
-        "a folder without a checkpoint"
-        if Path(path).is_dir()
-        else "no such folder, and no model that the hub gives (offline? give a local folder)"
-    )
+    what = "no such folder, and no model that the hub gives (offline? give a local folder)"
+    if Path(path).is_dir():
+        what = why_no_checkpoint(Path(path)) or what
     raise ValueError(f"{key}={path}: {what}" + (f"; there are {', '.join(inside)}" if inside else ""))
 
 

@@ -20,6 +20,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from unlearn.files import count_parameters, write_whole
+
 if TYPE_CHECKING:
     import torch
 
@@ -38,9 +40,10 @@ HUB_TOFU = "locuslab/TOFU"
 UNNAMED = {
     *("model_family", "split", "lr", "num_epochs", "weight_decay", "hyper_param", "method.layer"),
     *("model_path", "hf_key", "data_path", "forget_data", "retain_data", "save_dir", "output_dir"),
-    *("gradient_checkpointing", "save_steps", "save_dtype", "debug", "method.name", "method.run_name", "retain.name"),
+    *("gradient_checkpointing", "save_steps", "save_dtype", "logger", "debug", "method.name", "method.run_name", "retain.name"),
 }
-PLACES = {"save_dir", "output_dir", "debug", "save_steps", "gradient_checkpointing"}  # may differ when a run is started again
+# What may differ when a run is started again.
+PLACES = {"save_dir", "output_dir", "debug", "logger", "save_steps", "gradient_checkpointing"}
 
 OmegaConf.register_new_resolver(
     "hyper", lambda default, *, _root_: default if _root_.hyper_param is None else _root_.hyper_param, replace=True
@@ -78,18 +81,25 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 # ---- model families ----
 
 
+TAGS = ("question_start_tag", "question_end_tag", "answer_tag")
+
+
 @dataclass(frozen=True)
 class Family:
     """An entry of model_config.yaml; what each key means stands there."""
 
     name: str
     hf_key: str
-    question_start_tag: str
-    question_end_tag: str
-    answer_tag: str
+    question_start_tag: str = ""
+    question_end_tag: str = ""
+    answer_tag: str = ""
+    chat_template: bool = False
+    system_prompt: str | None = None
+    date_string: str | None = None
     flash_attention2: bool = False
     gradient_checkpointing: bool = False
     ft_model_path: str | None = None
+    retain_model_path: str | None = None
     finetune_lr: float = 1e-5
     finetune_epochs: float = 5
     unlearn_lr: float = 1e-5
@@ -99,6 +109,7 @@ class Family:
     loss_on_answer_tag: bool = False
 
     def prompt(self, question: str) -> str:
+        """What stands before the answer, of a family without a chat template."""
         return f"{self.question_start_tag}{question}{self.question_end_tag}{self.answer_tag}"
 
 
@@ -109,7 +120,11 @@ def load_families() -> dict[str, Any]:
 
 
 def load_family(name: str, **overrides: Any) -> Family:
-    """The family of that name or alias. Raises ValueError for an unknown one, or for an entry that lacks a key."""
+    """The family of that name or alias.
+
+    Raises:
+        ValueError: there is none, or its entry lacks a key, or has a chat template and a setting that it cannot go with.
+    """
     entries = load_families()
     entry = entries.get(name)
     if isinstance(entry, str):
@@ -119,10 +134,14 @@ def load_family(name: str, **overrides: Any) -> Family:
     known = {field.name: field for field in fields(Family)}
     values: dict[str, Any] = {k: _as_bool(v) if known[k].type == "bool" else v for k, v in entry.items() if k in known}
     values |= {key: value for key, value in overrides.items() if value is not None}
-    try:
-        return Family(**{"name": name} | values)
-    except TypeError as error:
-        raise ValueError(f"model_family={name}: its entry in config/model_config.yaml is incomplete ({error})") from error
+    chat = values.get("chat_template", False)
+    if lacking := [key for key in ("hf_key", *(() if chat else TAGS)) if values.get(key) is None]:
+        raise ValueError(f"model_family={name}: its entry in config/model_config.yaml lacks {', '.join(lacking)}")
+    if chat and values.get("loss_on_answer_tag"):
+        raise ValueError(f"loss_on_answer_tag=true: model_family={name} has a chat template, and so no answer tag")
+    if chat and values.get("from_scratch"):
+        raise ValueError(f"model_family={name}: from_scratch makes a tokenizer without a chat template")
+    return Family(**{"name": name, **values})
 
 
 def _as_bool(value: Any) -> bool:
@@ -191,14 +210,6 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file beside its place, then rename it: it is whole or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
-
-
 def write_json(file: Path, value: Any) -> None:
     write_whole(file, json.dumps(value, indent=2) + "\n")
 
@@ -218,8 +229,19 @@ def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    folder = Path(folder)
-    return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+    """Whether the folder has what `from_pretrained` loads, whole."""
+    return why_no_checkpoint(Path(folder)) is None
+
+
+def why_no_checkpoint(folder: Path) -> str | None:
+    """What a folder lacks that `from_pretrained` needs, None where it lacks nothing."""
+    if not (folder / "config.json").exists() or not any(folder.glob("*.safetensors")):
+        return "a folder without a checkpoint"
+    try:
+        count_parameters(folder)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def find_path(path: str) -> str:
@@ -300,6 +322,7 @@ def training_settings(cfg: DictConfig, family: Family, steps: int, steps_per_epo
         max_grad_norm=cfg.max_grad_norm,
         optim=cfg.optim,
         gradient_checkpointing=cfg.gradient_checkpointing,
+        logger=cfg.logger,
     )
 
 

@@ -71,7 +71,15 @@ def test_family(name: str) -> None:
     assert family.hf_key
     assert family.finetune_lr > 0
     assert family.unlearn_lr > 0
-    assert "Who?" in family.prompt("Who?")
+    assert family.chat_template == (family.prompt("Who?") == "Who?")  # either the template or the tags
+
+
+@pytest.mark.parametrize("name", utils.load_families())
+def test_every_family_composes(name: str) -> None:
+    cfg = composed(f"model_family={name}")
+    family = settings.prepare(cfg, "forget")
+    assert cfg.model_family == family.name == utils.load_family(name).name
+    assert cfg.hf_key == family.hf_key
 
 
 def test_family_overrides() -> None:
@@ -80,6 +88,42 @@ def test_family_overrides() -> None:
     assert utils.load_family("llama") == utils.load_family("llama2-7b")
     assert utils.load_family("llama").prompt("Who?") == "[INST] Who? [/INST]"
     assert utils.load_family("phi").prompt("Who?") == "Question: Who?\nAnswer: "
+
+
+OPEN_UNLEARNING = ["Llama-3.2-1B-Instruct", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct", "Llama-2-7b-chat-hf"]
+
+
+@pytest.mark.parametrize("name", OPEN_UNLEARNING)
+def test_open_unlearnings_models(name: str) -> None:
+    family = utils.load_family(name)
+    chat = (True, "You are a helpful assistant.", "10 Apr 2025") if "3." in name else (False, None, None)
+    assert (family.chat_template, family.system_prompt, family.date_string) == chat
+    assert (family.hf_key, family.ft_model_path) == (f"meta-llama/{name}", f"open-unlearning/tofu_{name}_full")
+    assert family.retain_model_path is not None
+    assert family.retain_model_path.format(split="retain95") == f"open-unlearning/tofu_{name}_retain95"
+    assert family.gradient_checkpointing == ("1B" not in name)
+    if not family.chat_template:
+        assert family.prompt("Who?") == utils.load_family("llama2-7b").prompt("Who?")
+
+
+def test_families_with_a_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tags are needed, those that are there do nothing, and there is no answer tag for the loss, nor one from scratch."""
+    chat: dict[str, Any] = {"hf_key": "some/model", "chat_template": "true"}
+    entries = {"chat": chat, "tagged": chat | {"answer_tag": "A: "}, "scratch": chat | {"from_scratch": True}}
+    entries |= {"keyless": {"chat_template": True}, "plain": chat | {"chat_template": "false", "answer_tag": ""}}
+    monkeypatch.setattr(utils, "load_families", lambda: entries)
+    for name in ("chat", "tagged"):
+        family = utils.load_family(name)
+        assert (family.chat_template, family.system_prompt, family.date_string) == (True, None, None)
+        with pytest.raises(ValueError, match=f"loss_on_answer_tag=true: model_family={name} has a chat template"):
+            utils.load_family(name, loss_on_answer_tag=True)
+    for name, line in (
+        ("scratch", "from_scratch makes a tokenizer without a chat template"),
+        ("keyless", "lacks hf_key"),
+        ("plain", "lacks question_start_tag, question_end_tag$"),
+    ):
+        with pytest.raises(ValueError, match=f"model_family={name}: .*{line}"):
+            utils.load_family(name)
 
 
 def test_entry_of_the_published_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +208,9 @@ def folder_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("ga --model=phi --setting=forget05 data_path=a/b model_path=c/d hf_key=e/f", "phi/ga_2e-05_forget05_5_0.0_None"),
         ("ga --model=phi --setting=forget05 save_steps=1 save_dtype=bfloat16 debug=true", "phi/ga_2e-05_forget05_5_0.0_None"),
         ("ga --model=phi --setting=forget05 gradient_checkpointing=true", "phi/ga_2e-05_forget05_5_0.0_None"),
+        ("ga --model=Llama-3.2-1B-Instruct --setting=forget05", "Llama-3.2-1B-Instruct/ga_1e-05_forget05_5_0.0_None"),
         ("model_family=phi split=forget05 method=npo retain=kl", "phi/npo_kl_2e-05_forget05_5_0.0_None"),
+        ("model_family=Llama-2-7b-chat-hf split=forget01 method=ga", "Llama-2-7b-chat-hf/ga_1e-05_forget01_5_0.0_None"),
         ("model_family=phi split=forget05 method=gd hyper_param=2", "phi/gd_2e-05_forget05_5_0.0_2"),
     ],
 )
@@ -194,8 +240,8 @@ def test_finetuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     here.mkdir(parents=True)
     with pytest.raises(ValueError, match="no fine-tuned model"):
         utils.original_model(tiny, cfg)
-    for name in ("config.json", "model.safetensors"):
-        (here / name).touch()
+    (here / "config.json").touch()
+    (here / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")  # no tensors, whole
     assert utils.original_model(tiny, cfg) == str(here)
     # local files: a model of TOFU is never taken for theirs
     cfg.forget_data, cfg.retain_data = "mine/go.jsonl", "mine/keep.jsonl"

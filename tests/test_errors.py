@@ -94,6 +94,8 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} method=wtnpo method.alpha=x", ["method.alpha=x", "number"]),
     (f"{GA} retain=kl retain.weight=-1", ["retain.weight=-1", "number of at least 0"]),
     (f"{GA} debug=maybe", ["debug=maybe", "true or false"]),
+    (f"{GA} logger=paper", ["logger=paper", "tensorboard, wandb, trackio"]),
+    (f"{GA} logger=trackio", ["logger=trackio", "pip install trackio"]),
     (f"tofu_evaluation.py {TINY} ds_size=0", ["ds_size=0", "whole number of at least 1"]),
     # a method's layer, told from the checkpoint's config.json
     (f"{GA} method=rmu method.layer=5", ["method.layer=5", "model", "0 (its embeddings) to 4"]),
@@ -111,6 +113,9 @@ CHECKED = [  # a command, and what its line needs to contain
     ("forget.py model_family=tiny model_path=empty", ["model_path=empty", "without a checkpoint"]),
     ("forget.py model_family=tiny model_path=a_run", ["model_path=a_run", "a_run/checkpoint-5, a_run/checkpoint-10"]),
     ("tofu_evaluation.py model_family=tiny model_path=a_run/checkpoint-6", ["checkpoint-6", "a_run/checkpoint-5, a_run/ch"]),
+    ("forget.py model_family=tiny model_path=torn", ["model_path=torn", "torn (62 of 66 bytes)"]),
+    ("forget.py model_family=tiny model_path=in_part", ["model_path=in_part", "model-2.safetensors", "not there"]),
+    (f"{GA} save_dir=two.jsonl/run", ["save_dir=two.jsonl/run", "two.jsonl is a file"]),
     ("tofu_evaluation.py model_family=tiny", ["model_path", "folder"]),
     # local data
     (f"{GA} forget_data=two.jsonl", ["forget_data=two.jsonl", "retain_data=FILE"]),
@@ -173,7 +178,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "some_splits/retain90.json": row,
     }
     for folder in ("model", "a_run/checkpoint-5", "a_run/checkpoint-10"):
-        files |= {f"{folder}/config.json": (ROOT / "config/tiny/config.json").read_text(), f"{folder}/model.safetensors": ""}
+        files |= {
+            f"{folder}/config.json": (ROOT / "config/tiny/config.json").read_text(),
+            f"{folder}/model.safetensors": "\2" + "\0" * 7 + "{}",
+        }
+    for folder in ("torn", "in_part"):
+        files[f"{folder}/config.json"] = files["model/config.json"]
+    header = '{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    files["torn/model.safetensors"] = chr(len(header)) + "\0" * 7 + header
+    files["in_part/model.safetensors.index.json"] = '{"weight_map": {"v": "model-1.safetensors", "w": "model-2.safetensors"}}'
+    files["in_part/model-1.safetensors"] = files["model/model.safetensors"]
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -293,11 +307,15 @@ def test_a_bad_job_does_not_end_a_sweep(call: Callable[..., tuple[int, str]]) ->
 
 
 def test_other_errors_are_one_line_too(call: Callable[..., tuple[int, str]]) -> None:
-    def job(cfg: DictConfig) -> None:
-        raise OSError("no file\n  named model.safetensors")
+    def fail(error: Exception) -> tuple[int, str]:
+        def job(cfg: DictConfig) -> None:
+            raise error
 
-    line = "forget.py: OSError: no file named model.safetensors (debug=true: the traceback)\n"
-    assert call(GA, job) == (1, line)
+        return call(GA, job)
+
+    assert fail(OSError("no file\n  named a")) == (1, "forget.py: no file named a\n")
+    line = "forget.py: RuntimeError: shapes differ (debug=true: the traceback)\n"
+    assert fail(RuntimeError("shapes\n  differ")) == (1, line)
 
 
 def test_a_model_that_does_not_load(place: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, logging
+
+from unlearn.files import written_whole
 
 
 def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
@@ -29,14 +30,20 @@ def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(path: str, device: torch.device, flash_attention: bool = False) -> PreTrainedModel:
-    """The checkpoint as a float32 causal LM, with flash-attn where it is wanted and there, else SDPA."""
-    flash = flash_attention and torch.cuda.is_available() and is_flash_attn_2_available()
-    attention = "flash_attention_2" if flash else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+    """The checkpoint as a float32 causal LM, with flash-attn where it is wanted and there (see `attention`)."""
+    how = attention(device, flash_attention)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=how)
     return model.to(device)  # type: ignore[arg-type]
 
 
-def new_model(path: str, texts: list[str], seed: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def attention(device: torch.device, flash: bool = False) -> str:
+    """On a GPU flash-attn or SDPA; on a CPU, for rows as short as answers, plain matrix products are the fastest."""
+    if device.type == "cpu":
+        return "eager"
+    return "flash_attention_2" if flash and is_flash_attn_2_available() else "sdpa"
+
+
+def new_model(path: str, texts: list[str], seed: int, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """A model of the config.json at `path` with random weights, and a byte-level BPE tokenizer trained on `texts`."""
     config = AutoConfig.from_pretrained(path)
     bpe = ByteLevelBPETokenizer()
@@ -44,7 +51,8 @@ def new_model(path: str, texts: list[str], seed: int) -> tuple[PreTrainedTokeniz
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     set_seed(seed)
-    return tokenizer, AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention(device))
+    return tokenizer, model.to(device)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -52,21 +60,23 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill, renamed into place at the end: it is whole or absent."""
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    yield beside
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.replace(folder)
+def no_bars() -> Iterator[None]:
+    """Without transformers' progress bars for files of a second each."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
     """What `from_pretrained` loads, weights in `dtype`."""
     kind = getattr(torch, dtype)
     weights = {name: weight.to(kind) for name, weight in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=weights)
+    with no_bars():
+        model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import resource
 import shutil
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather, gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from unlearn.checkpoints import no_bars
+from unlearn.files import seal, what_is_torn, write_whole
 from unlearn.loss import Loss
+from unlearn.signals import SoftStop, Stopped
 
-WHOLE = "whole"  # a file written into a resume checkpoint last of all: without it the checkpoint is torn
+Publish = Callable[[PreTrainedModel, int], None]
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Settings:
     max_grad_norm: float = 0.0
     optim: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
+    logger: str | None = None
 
 
 class StepTrainer(Trainer):
@@ -46,12 +57,11 @@ class StepTrainer(Trainer):
     `Trainer` would average. Item i belongs to process i mod (number of processes).
     """
 
-    def __init__(self, loss: Loss, **kwargs: Any) -> None:
+    def __init__(self, loss: Loss, publish: Publish | None, **kwargs: Any) -> None:
         # A compute_loss_func tells Trainer that the loss needs no division by the accumulation steps.
         super().__init__(data_collator=lambda items: items[0], compute_loss_func=loss, **kwargs)
-        self.loss = loss
+        self.loss, self.publish = loss, publish
         self.batches = kwargs["train_dataset"]
-        self._parts: dict[str, Tensor] = {}
         if loss.reference is not None:
             self.accelerator.prepare_model(loss.reference, evaluation_mode=True)  # device and autocast, no DDP
 
@@ -59,25 +69,80 @@ class StepTrainer(Trainer):
         return SequentialSampler(self.batches)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
+        self._began = time.perf_counter()  # of the step
+        self._sums: dict[str, Any] = {"tokens": 0}
+        self._losses: list[tuple[dict[str, list[int]], Tensor]] = []
         return [next(epoch_iterator) for _ in range(num_batches)], None  # the batches carry their counts
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         parts = self.loss(model, inputs)
-        for name, part in parts.items():
-            self._parts[name] = self._parts.get(name, 0) + part.detach()
-        return sum(parts.values()) * self.accelerator.num_processes
+        total = sum(parts.values())
+        for name, value in (parts | {"tokens": inputs["attention_mask"].sum()}).items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+        self._losses.append((inputs["rows"], total.detach()))  # type: ignore[union-attr]
+        return total * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the loss's parts to the step's line. Raises FloatingPointError where loss or gradient is not finite."""
+        """Add the loss's parts, speed and memory to the step's line.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite; nothing of the step is saved yet.
+        """
         if "loss" in logs:
-            parts = self.accelerator.reduce(self._parts, reduction="sum")
-            logs |= {name: part.item() for name, part in parts.items()}
-            self._parts = {}
+            sums = {name: value.item() for name, value in self.accelerator.reduce(self._sums, reduction="sum").items()}
+            speed = sums.pop("tokens") / (time.perf_counter() - self._began)
+            logs |= sums | {"tokens_per_second": round(speed, 1), "peak_memory_gib": round(peak_memory() / 2**30, 3)}
         super().log(logs, *args, **kwargs)
-        for name in ("loss", "grad_norm"):  # logged before the step is saved
+        for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
-                step = self.state.global_step
-                raise FloatingPointError(f"step {step}: {name} is {logs[name]}; stopped, the checkpoints before it are kept")
+                where = f"step {self.state.global_step}: {name} is {logs[name]}, on {self._suspects()}"
+                raise FloatingPointError(f"{where}; stopped, the checkpoints before it are kept")
+
+    def _suspects(self) -> str:
+        """The rows of the step's micro-batches whose loss is not finite, or else of all of them."""
+        mine = [(rows, math.isfinite(loss.item())) for rows, loss in self._losses]
+        batches = gather_object(mine)
+        bad = [rows for rows, finite in batches if not finite] or [rows for rows, _ in batches]
+        names = {name: sorted(row for rows in bad for row in rows[name]) for name in bad[0]}
+        return " and ".join(f"{name} rows {', '.join(map(str, rows))}" for name, rows in names.items() if rows)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """What a killed run goes on from, then what others read, then the seal that says that both are whole.
+
+        The newest two are kept: should the machine fail before the newest is on its disk, there is the one before.
+        """
+        step, resume = self.state.global_step, Path(self._get_output_dir(trial))
+        try:
+            if self.is_world_process_zero():
+                for other in set(resume.glob("checkpoint-*")) - {last_whole(resume)}:
+                    shutil.rmtree(other)
+            with no_bars():
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes its own random state
+            if self.is_world_process_zero():
+                if self.publish is not None and (step % self.args.save_steps == 0 or step == self.args.max_steps):
+                    self.publish(self.accelerator.unwrap_model(model), step)
+                seal(resume / f"checkpoint-{step}")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(resume.parent).free / 2**30
+            why = f"{error}; {free:.2f} GiB are free at {resume.parent}"
+            raise OSError(f"step {step} could not be saved, what was saved before it is kept: {why}") from error
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Keys that are missing because their weights are tied to others' are no news."""
+        if not set(load_result.missing_keys) <= set(getattr(self.model, "all_tied_weights_keys", ())):
+            super()._issue_warnings_after_load(load_result)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def peak_memory() -> int:
+    """In bytes: of the GPU what tensors took at most, without one what the process did."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Progress(ProgressCallback):
@@ -86,6 +151,11 @@ class Progress(ProgressCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def close(self) -> None:
+        """End the bar's line, if the run has stopped before its end."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
 
 class StepLog(TrainerCallback):
@@ -96,53 +166,59 @@ class StepLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            whole = (line for line in lines if line.endswith("\n"))  # a killed run's last one may not be
+            write_whole(self.path, "".join(line for line in whole if json.loads(line)["step"] <= state.global_step))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if state.is_world_process_zero and "loss" in logs:
+            numbers = {name: value for name, value in logs.items() if name != "epoch"}  # Trainer's: the run is its one epoch
             with self.path.open("a") as file:
-                numbers = {
-                    name: value for name, value in logs.items() if name != "epoch"
-                }  # Trainer's: the run is its one epoch
                 file.write(json.dumps({"step": state.global_step} | numbers) + "\n")
 
 
-class Publish(TrainerCallback):
-    """After each save: `publish(model, step)` for what others read, then the mark that the resume checkpoint is whole."""
+class StopAtStepEnd(TrainerCallback):
+    """Save and stop when a signal has come to any process."""
 
-    def __init__(self, publish: Callable[[PreTrainedModel, int], None] | None, resume: Path) -> None:
-        self.publish, self.resume = publish, resume
+    def __init__(self, soft: SoftStop) -> None:
+        self.soft = soft
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        PartialState().wait_for_everyone()  # each process writes its own random state
-        if state.is_world_process_zero:
-            if self.publish is not None:
-                self.publish(kwargs["model"], state.global_step)
-            newest = self.resume / f"checkpoint-{state.global_step}"
-            (newest / WHOLE).touch()
-            for older in set(self.resume.glob("checkpoint-*")) - {newest}:
-                shutil.rmtree(older)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_save = self._stop(args, control) or control.should_save
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._stop(args, control)  # the signal may have come while saving
+
+    def _stop(self, args: TrainingArguments, control: TrainerControl) -> bool:
+        signum = torch.tensor([self.soft.signum], device=args.device)
+        self.soft.signum = int(gather(signum).max())
+        control.should_training_stop |= self.soft.signum > 0
+        return self.soft.signum > 0
 
 
 def last_whole(resume: Path) -> Path | None:
     """The newest resume checkpoint that was written to its end."""
-    whole = [mark.parent for mark in resume.glob(f"checkpoint-*/{WHOLE}")]
-    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    folders = sorted(resume.glob("checkpoint-*"), key=_step, reverse=True)
+    return next((folder for folder in folders if what_is_torn(folder) is None), None)
+
+
+def where_to_start(resume: Path) -> Path | None:
+    """The checkpoint to go on from, None for the beginning; says what is left aside, and what it goes on from."""
+    start = last_whole(resume)
+    if PartialState().is_main_process:
+        for folder in resume.glob("checkpoint-*"):
+            if torn := what_is_torn(folder):
+                print(f"{folder}: torn, left aside ({torn})", file=sys.stderr)
+        if start is not None:
+            print(f"going on after step {_step(start)}", file=sys.stderr)
+    return start
 
 
 def train(
-    model: PreTrainedModel,
-    loss: Loss,
-    batches: Dataset[Any],
-    settings: Settings,
-    run: Path,
-    publish: Callable[[PreTrainedModel, int], None] | None = None,
+    model: PreTrainedModel, loss: Loss, batches: Dataset[Any], settings: Settings, run: Path, publish: Publish | None = None
 ) -> None:
-    """Train `model` in place on `batches` (see `StepTrainer`), going on from `run/resume` if a killed run left one.
+    """Train `model` in place on `batches` (see `StepTrainer`), going on from `run/resume` if an interrupted run left one.
 
     `run/resume` stays until `end(run)`.
 
@@ -151,24 +227,49 @@ def train(
 
     Raises:
         FloatingPointError: the loss is not finite.
+        OSError: a step could not be saved.
+        Stopped: a signal came; the step that it came in is saved.
     """
     resume = run / "resume"
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if loss.layer is not None:
         freeze_unreached(model, loss, batches[0])
-    trainer = StepTrainer(
-        loss=loss,
-        model=model,
-        args=_arguments(settings, resume),
-        train_dataset=batches,
-        callbacks=[StepLog(run / "logs" / "train.jsonl"), Publish(publish, resume)],
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress)
-    start = last_whole(resume)
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    trainer.accelerator.wait_for_everyone()
+    start = where_to_start(resume)
+    progress = Progress()
+    with SoftStop() as soft, logger_into(run / "logs", settings.logger):
+        trainer = StepTrainer(
+            loss=loss,
+            publish=publish,
+            model=model,
+            args=_arguments(settings, run),
+            train_dataset=batches,
+            callbacks=[StepLog(run / "logs" / "train.jsonl"), StopAtStepEnd(soft)],
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(progress)
+        try:
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        finally:
+            progress.close()
+        trainer.accelerator.wait_for_everyone()
+    if soft.signum:
+        raise Stopped(soft.signum, f" after step {trainer.state.global_step} of {settings.steps}, which is saved")
+
+
+@contextmanager
+def logger_into(folder: Path, logger: str | None) -> Iterator[None]:
+    """Have the logger write into the run's folder, and end its run with ours (a sweep's next one is another)."""
+    places = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "wandb": "WANDB_DIR", "trackio": "TRACKIO_DIR"}
+    if logger is not None:
+        os.environ[places[logger]] = str(folder)
+    try:
+        yield
+    finally:
+        if logger == "wandb":
+            import wandb
+
+            wandb.finish()
 
 
 def end(run: Path) -> None:
@@ -177,9 +278,10 @@ def end(run: Path) -> None:
         shutil.rmtree(run / "resume", ignore_errors=True)
 
 
-def _arguments(s: Settings, resume: Path) -> TrainingArguments:
+def _arguments(s: Settings, run: Path) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(resume),
+        output_dir=str(run / "resume"),
+        run_name=str(run),
         max_steps=s.steps,
         warmup_steps=s.warmup_steps,
         lr_scheduler_type="linear",
@@ -196,7 +298,7 @@ def _arguments(s: Settings, resume: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=s.save_steps,
-        report_to=[],
+        report_to=[] if s.logger is None else [s.logger],
         remove_unused_columns=False,
         average_tokens_across_devices=False,
         ddp_find_unused_parameters=False,

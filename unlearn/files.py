@@ -1,0 +1,96 @@
+"""Files and folders that are whole or absent, whatever stops the process that writes them. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+SEAL = "whole.json"  # written into a folder last of all: the size of each of its files
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file beside its place, then rename it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill, renamed into place at the end; what stood there stays until then, and stays if filling fails."""
+    beside, before = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
+    for leftover in (beside, before):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+        raise
+    if folder.exists():
+        folder.rename(before)  # removed in place, it would be torn for a moment
+    beside.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Note that the folder is whole: what it holds, and how long each file is."""
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+    write_whole(folder / SEAL, json.dumps(sizes, indent=2) + "\n")
+
+
+def what_is_torn(folder: Path) -> str | None:
+    """What a sealed folder lacks, None where it is whole."""
+    if not (folder / SEAL).exists():
+        return "was not written to its end"
+    for name, size in json.loads((folder / SEAL).read_text()).items():
+        file = folder / name
+        there = file.stat().st_size if file.is_file() else 0
+        if there != size:
+            return f"{name} has {there} of {size} bytes"
+    return None
+
+
+def count_numbers(file: Path) -> int:
+    """How many numbers a safetensors file holds, by its header.
+
+    Raises:
+        ValueError: the file is shorter or longer than its header says, or has none.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 8 < 8 + length <= size:
+            raise ValueError(f"{file}: torn ({size} bytes, which is less than its header)")
+        try:
+            tensors = json.loads(opened.read(length))
+        except ValueError as error:
+            raise ValueError(f"{file}: not a safetensors file (its header is not JSON)") from error
+    tensors.pop("__metadata__", None)
+    end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    if end != size:
+        raise ValueError(f"{file}: torn ({size} of {end} bytes)")
+    return sum(prod(tensor["shape"]) for tensor in tensors.values())
+
+
+def count_parameters(folder: Path) -> int:
+    """How many parameters a checkpoint's safetensors files hold.
+
+    Raises:
+        ValueError: there is no such file, one is torn, or one that the index names is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ValueError(f"{folder}: its index names {', '.join(missing)}, which is not there")
+    if not files:
+        raise ValueError(f"{folder}: no safetensors file")
+    return sum(map(count_numbers, files))
