@@ -163,7 +163,7 @@ def test_a_signal_saves_and_stops(
     line = done.stderr.splitlines()[-1]
     assert re.match(rf"forget.py: stopped by SIG{name}.*the same command goes on", line)
     if "load" not in moment:
-        step = int(re.search(r"after step (\d) of 6, which is saved", line)[1])  # type: ignore[index]
+        step = int(re.search(r"after step (\d) of 6; the", line)[1])  # type: ignore[index]
         assert what_is_torn(tmp_path / f"run/resume/checkpoint-{step}") is None
         assert set(weights(tmp_path / "run")) == {f"checkpoint-{n}" for n in range(2, step + 1, 2)}  # no others than of saves
     goes_on_to_the_same_bits(tmp_path, young, undisturbed)

@@ -254,7 +254,7 @@ def train(
             progress.close()
         trainer.accelerator.wait_for_everyone()
     if soft.signum:
-        raise Stopped(soft.signum, f" after step {trainer.state.global_step} of {settings.steps}, which is saved")
+        raise Stopped(soft.signum, f" after step {trainer.state.global_step} of {settings.steps}")
 
 
 @contextmanager
