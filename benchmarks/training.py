@@ -84,7 +84,7 @@ SLOW_STEPS = 1  # of b in a round
 # Where time goes: the first group whose pattern a PyTorch operator's name has.
 GROUPS = {
     "matrix products": r"^aten::(mm|addmm|matmul|linear|mkldnn_linear\w*)$",
-    "attention": r"scaled_dot_product|flash_att|efficient_attention|cudnn_attention|^aten::(bmm|baddbmm|_softmax(_backward_data)?)$",
+    "attention": r"scaled_dot_product|flash_att|efficient_attention|cudnn_att|^aten::(bmm|baddbmm|_softmax(_backward_data)?)$",
     "loss": r"^aten::\w*(log_softmax|nll_loss|cross_entropy|log_sigmoid|logsigmoid)",
     "optimiser": r"[Aa]dam|^Optimizer",
     "casts and copies": r"^aten::(copy_|_to_copy|to|clone|contiguous|cat|index|index_select|index_copy_|gather)$",
