@@ -316,7 +316,7 @@ def check_disk(cfg: DictConfig, checkpoints: set[Path], parameters: int) -> None
     missing = sum(not is_checkpoint(checkpoint) for checkpoint in checkpoints)
     state = parameters * BYTES["float32"] * (1 + OPTIMIZER_NUMBERS.get(cfg.optim, 2))
     there = sum(file.stat().st_size for file in folder.glob("resume/**/*") if file.is_file())
-    needed = missing * parameters * BYTES[cfg.save_dtype] + max(0, 2 * state - there)
+    needed = missing * parameters * BYTES[cfg.save_dtype] + (max(0, 2 * state - there) if missing else 0)
     free = shutil.disk_usage(nearest(folder)).free
     if needed > free:
         raise ValueError(
@@ -329,11 +329,8 @@ def check_disk(cfg: DictConfig, checkpoints: set[Path], parameters: int) -> None
 # ---- checkpoints and data, before they are loaded ----
 
 
-def check_finetune_data(cfg: DictConfig) -> int | None:
-    """How many rows there are, None where only `datasets` can tell.
-
-    Raises ValueError where the split is none, or its data are not there, wrong, or too few for a step.
-    """
+def check_finetune_data(cfg: DictConfig) -> None:
+    """Raises ValueError where the split is none, or its data are not there, wrong, or too few for a step."""
     if cfg.split not in TRAIN_SPLITS:
         raise ValueError(f"split={cfg.split}: to fine-tune on is one of {', '.join(TRAIN_SPLITS)}")
     if cfg.forget_data is None and cfg.retain_data is None:
@@ -347,7 +344,6 @@ def check_finetune_data(cfg: DictConfig) -> int | None:
         rows = sum(check_rows(cfg[key], key) for key in keys if cfg[key] is not None)
     if rows is not None:
         count_steps(cfg, rows)
-    return rows
 
 
 def check_forget_data(cfg: DictConfig) -> int | None:
