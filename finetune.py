@@ -42,15 +42,21 @@ def prepare(cfg: DictConfig) -> utils.Family:
 
 def run(cfg: DictConfig) -> None:
     family = prepare(cfg)
+    with utils.alone(Path(cfg.save_dir)):
+        finetune(cfg, family)
+
+
+def finetune(cfg: DictConfig, family: utils.Family) -> None:
     folder = Path(cfg.save_dir)
-    if utils.is_checkpoint(folder) and not (folder / "resume").exists():
+    if utils.is_checkpoint(folder):  # written after the last step
+        utils.close_run(folder)
         return utils.say(f"{folder} is fine-tuned already")
 
     import dataloader
     from unlearn.checkpoints import load_model, load_tokenizer, new_model, pad_id, save_into
     from unlearn.loss import Loss
     from unlearn.objectives import mean_nll
-    from unlearn.training import end, train
+    from unlearn.training import train
 
     rows = dataloader.finetune_rows(cfg)
     steps, per_epoch = utils.count_steps(cfg, len(rows))
@@ -72,7 +78,7 @@ def run(cfg: DictConfig) -> None:
             save_into(folder, model, tokenizer, cfg.save_dtype)
 
     train(model, Loss(mean_nll), batches, utils.training_settings(cfg, family, steps, per_epoch), folder, publish)
-    end(folder)
+    utils.close_run(folder)
     utils.say(f"{steps} steps done; the model is in {folder}")
 
 

@@ -57,19 +57,24 @@ def checkpoints(cfg: DictConfig, steps: int) -> set[Path]:
 
 def run(cfg: DictConfig) -> None:
     family = prepare(cfg)
-    folder = Path(cfg.save_dir)
+    with utils.alone(Path(cfg.save_dir)):
+        unlearn(cfg, family)
 
+
+def unlearn(cfg: DictConfig, family: utils.Family) -> None:
     import dataloader
 
+    folder = Path(cfg.save_dir)
     data = dataloader.unlearning_data(cfg)
     steps, per_epoch = utils.count_steps(cfg, len(data.forget))
     utils.open_run(folder, cfg)
-    if utils.is_checkpoint(folder / f"checkpoint-{steps}") and not (folder / "resume").exists():
-        return utils.say(f"{folder} is done already: {steps} steps")
+    if is_done(folder, steps):
+        utils.close_run(folder)
+        return utils.say(f"{folder} is done already: {steps} steps" + not_there(cfg, steps))
 
     from unlearn.checkpoints import load_model, load_tokenizer, pad_id, save_checkpoint
     from unlearn.scores import token_mean, token_nlls
-    from unlearn.training import end, train
+    from unlearn.training import train
 
     bf16 = utils.use_bfloat16(cfg.dtype, family)
     model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16)
@@ -98,10 +103,22 @@ def run(cfg: DictConfig) -> None:
     losses = {name: {"start": token_mean(before[name]), "end": token_mean(after[name])} for name in measured}
     if utils.is_main_process():
         utils.write_json(folder / "logs" / "losses.json", losses | {"steps": steps, "training_seconds": round(seconds, 1)})
-    end(folder)
+    utils.close_run(folder)
     for name, loss in losses.items():
         utils.say(f"{name + ' loss':12} {loss['start']:8.3f} -> {loss['end']:8.3f} nats a token")
-    utils.say(f"{steps} steps in {seconds:.0f} s; checkpoints and logs are in {folder}")
+    utils.say(f"{steps} steps in {seconds:.0f} s; checkpoints and logs are in {folder}" + not_there(cfg, steps))
+
+
+def is_done(folder: Path, steps: int) -> bool:
+    """Whether the last checkpoint is there and nothing is left to do or to go on from."""
+    written = (folder / "logs" / "losses.json").exists() or not (folder / "resume").exists()
+    return utils.is_checkpoint(folder / f"checkpoint-{steps}") and written
+
+
+def not_there(cfg: DictConfig, steps: int) -> str:
+    """What to say of the run's checkpoints that were removed or harmed since, or that an earlier start did not write."""
+    missing = sorted(int(path.name.split("-")[1]) for path in checkpoints(cfg, steps) if not utils.is_checkpoint(path))
+    return f"; not there, or not whole: checkpoint-{', '.join(map(str, missing))}" if missing else ""
 
 
 def build_loss(cfg: DictConfig, model: PreTrainedModel, folder: Path) -> Loss:
@@ -116,7 +133,8 @@ def build_loss(cfg: DictConfig, model: PreTrainedModel, folder: Path) -> Loss:
     if layer is not None:
         noise = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(cfg.seed)).to(model.device)
         if utils.is_main_process():
-            save_file({"noise": noise.cpu()}, folder / "noise.safetensors")
+            save_file({"noise": noise.cpu()}, folder / ".noise.tmp")
+            (folder / ".noise.tmp").replace(folder / "noise.safetensors")
     return Loss(
         objective=instantiate(cfg.method.objective),
         retain=instantiate(cfg.retain.term),

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from unlearn.files import count_parameters, write_whole
+from unlearn.files import count_parameters, locked, remove_whole, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,7 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 
 TAGS = ("question_start_tag", "question_end_tag", "answer_tag")
+PROMPT = (*TAGS, "chat_template", "system_prompt", "date_string")
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def load_family(name: str, **overrides: Any) -> Family:
     if entry is None:
         raise ValueError(f"model_family={name}: unknown; the families of config/model_config.yaml are {', '.join(entries)}")
     known = {field.name: field for field in fields(Family)}
-    values: dict[str, Any] = {k: _as_bool(v) if known[k].type == "bool" else v for k, v in entry.items() if k in known}
+    values: dict[str, Any] = {key: value for key, value in entry.items() if key in known}
+    values |= {key: _as_bool(name, key, value) for key, value in values.items() if known[key].type == "bool"}
     values |= {key: value for key, value in overrides.items() if value is not None}
     chat = values.get("chat_template", False)
     if lacking := [key for key in ("hf_key", *(() if chat else TAGS)) if values.get(key) is None]:
@@ -144,8 +147,10 @@ def load_family(name: str, **overrides: Any) -> Family:
     return Family(**{"name": name, **values})
 
 
-def _as_bool(value: Any) -> bool:
-    return value if isinstance(value, bool) else str(value).lower() == "true"
+def _as_bool(name: str, key: str, value: Any) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise ValueError(f"model_family={name}: its {key}={value} in config/model_config.yaml needs to be true or false")
+    return str(value).lower() == "true"
 
 
 # ---- run folders ----
@@ -180,8 +185,8 @@ def check_run(folder: Path, cfg: DictConfig) -> None:
     """Raises ValueError where the folder holds a run of other settings: which ones, and both values."""
     file = folder / "config.yaml"
     if file.exists():
-        before, now = flatten(yaml.safe_load(file.read_text())["settings"]), run_settings(cfg)
-        differ = [key for key in now if key not in PLACES and before.get(key) != now[key]]
+        before, now = flatten(yaml.safe_load(file.read_text())["settings"]), flatten(run_settings(cfg))
+        differ = [key for key in now if key not in PLACES and before.get(key, now[key]) != now[key]]
         if differ:
             listed = "; ".join(f"{key}={before.get(key)} there, {now[key]} here" for key in differ)
             raise ValueError(f"{folder} holds a run of other settings: {listed}")
@@ -190,14 +195,26 @@ def check_run(folder: Path, cfg: DictConfig) -> None:
 def open_run(folder: Path, cfg: DictConfig) -> None:
     """Make the run's folder with its config.yaml: all settings, and the versions of what it runs on."""
     if is_main_process() and not (folder / "config.yaml").exists():
-        nested: Any = OmegaConf.to_container(cfg, resolve=True)
-        record = {"settings": nested | {"processes": processes()}, "versions": versions()}
+        record = {"settings": run_settings(cfg), "versions": versions()}
         write_whole(folder / "config.yaml", yaml.safe_dump(record, sort_keys=False))
 
 
 def run_settings(cfg: DictConfig) -> dict[str, Any]:
-    """What a run is made of: its settings, and the number of processes."""
-    return flatten(cfg) | {"processes": processes()}
+    """What a run is made of, nested: its settings, the number of processes, and the family's prompt."""
+    nested: Any = OmegaConf.to_container(cfg, resolve=True)
+    family = load_family(cfg.model_family)
+    return nested | {"processes": processes(), "family": {key: getattr(family, key) for key in PROMPT}}
+
+
+def alone(folder: Path) -> AbstractContextManager[None]:
+    """The folder for this run alone, whatever its number of processes. Raises ValueError where another run has it."""
+    return locked(folder) if is_main_process() else nullcontext()
+
+
+def close_run(folder: Path) -> None:
+    """Drop what a killed run would have gone on from: all that the run writes is written."""
+    if is_main_process():
+        remove_whole(folder / "resume")
 
 
 def versions() -> dict[str, str]:

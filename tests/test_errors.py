@@ -335,6 +335,17 @@ def test_another_runs_settings(tmp_path: Path) -> None:
     assert "lr" not in str(refused.value).replace(str(tmp_path), "")
 
 
+def test_another_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the family's entry says of the prompt is a setting of the run, too."""
+    cfg = utils.compose_config("forget", ["model_family=tiny", "lr=1e-3"])
+    utils.open_run(tmp_path, cfg)
+    families = utils.load_families()
+    families["tiny"]["answer_tag"] = "A: "
+    monkeypatch.setattr(utils, "load_families", lambda: families)
+    with pytest.raises(ValueError, match=r"family.answer_tag=Answer:  there, A:  here"):
+        utils.check_run(tmp_path, cfg)
+
+
 def test_basher1_names_the_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -25,7 +25,7 @@ from unlearn.checkpoints import load_model
 from unlearn.files import seal, what_is_torn, written_whole
 from unlearn.loss import Loss
 from unlearn.tokens import Counts, Tokens
-from unlearn.training import Settings, train
+from unlearn.training import Settings, last_whole, train
 
 STEPS = range(1, 7)  # of 16 of forget05's 20 rows, five epochs; saved after every second one
 
@@ -128,6 +128,41 @@ def test_a_torn_resume_checkpoint_is_left_aside(young: Path, undisturbed: dict[s
     again = run_in(tmp_path, f"python {command(young)}")
     assert "checkpoint-4: torn, left aside (optimizer.pt has 1000 of" in again.stderr
     assert "going on after step 2" in again.stderr
+    goes_on_to_the_same_bits(tmp_path, young, undisturbed)
+
+
+@pytest.mark.parametrize("seal_is", ["", "garbage", "[1]"])
+def test_a_seal_that_is_not_readable(seal_is: str, tmp_path: Path) -> None:
+    for step in (2, 4):
+        folder = tmp_path / f"resume/checkpoint-{step}"
+        folder.mkdir(parents=True)
+        seal(folder)
+    (folder / "whole.json").write_text(seal_is)
+    (tmp_path / "resume/checkpoint-foo").mkdir()
+    (tmp_path / "resume/checkpoint-99").touch()
+    assert what_is_torn(folder) == "its whole.json is not readable"
+    assert last_whole(tmp_path / "resume") == tmp_path / "resume/checkpoint-2"
+
+
+def test_a_finished_run_is_not_trained_again(young: Path, tmp_path: Path) -> None:
+    """Not even where what it had to go on from is still there in part."""
+    run_in(tmp_path, f"python {command(young)}")
+    resume = tmp_path / "run/resume/checkpoint-6"
+    resume.mkdir(parents=True)
+    (resume / "whole.json").write_text('{"optimizer.pt": 1000}')
+    done = run_in(tmp_path, f"python {command(young)}")
+    assert done.stderr.splitlines()[-1] == "run is done already: 6 steps"
+    assert not resume.exists()
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    done = run_in(tmp_path, f"python {command(young)}")
+    assert done.stderr.splitlines()[-1] == "run is done already: 6 steps; not there, or not whole: checkpoint-4"
+
+
+def test_two_processes_in_one_folder(young: Path, undisturbed: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    other = shlex.join(["sh", "-c", f"{sys.executable} {command(young)} 2> other; echo $? >> other"])
+    at(tmp_path, "unlearn.training.StepTrainer.compute_loss 9 before", other, young)
+    line, code = (tmp_path / "other").read_text().splitlines()[-2:]
+    assert (line, code) == ("forget.py: run: another process writes there now", "2")
     goes_on_to_the_same_bits(tmp_path, young, undisturbed)
 
 
@@ -287,6 +322,17 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(young: Path, tmp_path: P
     assert set(weights(tmp_path / "run")) == {f"checkpoint-{n}" for n in range(1, step)}
     for kept in weights(tmp_path / "run").values():
         assert all(weight.isfinite().all() for weight in kept.values())
+
+
+def test_weights_that_an_update_breaks_are_not_saved(young: Path, tmp_path: Path) -> None:
+    """The first step's learning rate is 0, the second and last one's loss and gradient are finite."""
+    words = command(young).replace("save_steps=2", "save_steps=1 num_epochs=2 lr=1e39")
+    for _ in range(2):  # the second start goes on from step 1 again
+        done = run_in(tmp_path, f"python {words}", check=False)
+        assert done.returncode == 1
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith("forget.py: step 2: its update has left weights that are not finite, on forget rows ")
+        assert set(weights(tmp_path / "run")) == {"checkpoint-1"}
 
 
 def test_an_infinite_loss_names_its_rows(young: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,12 +50,46 @@ def what_is_torn(folder: Path) -> str | None:
     """What a sealed folder lacks, None where it is whole."""
     if not (folder / SEAL).exists():
         return "was not written to its end"
-    for name, size in json.loads((folder / SEAL).read_text()).items():
+    try:
+        sizes = dict(json.loads((folder / SEAL).read_text()))
+    except (ValueError, TypeError):  # also a file that a failing machine left empty
+        return f"its {SEAL} is not readable"
+    for name, size in sizes.items():
         file = folder / name
         there = file.stat().st_size if file.is_file() else 0
         if there != size:
             return f"{name} has {there} of {size} bytes"
     return None
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder so that it is there whole or not at all, and what an interrupted removal has left of it."""
+    aside = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone; where it dies, the lock goes with it.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{folder}: another process writes there now") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def count_numbers(file: Path) -> int:

@@ -95,8 +95,11 @@ class StepTrainer(Trainer):
         super().log(logs, *args, **kwargs)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
-                where = f"step {self.state.global_step}: {name} is {logs[name]}, on {self._suspects()}"
-                raise FloatingPointError(f"{where}; stopped, the checkpoints before it are kept")
+                raise self._not_finite(f"{name} is {logs[name]}")
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        step = self.state.global_step
+        return FloatingPointError(f"step {step}: {what}, on {self._suspects()}; stopped, what was saved before it is kept")
 
     def _suspects(self) -> str:
         """The rows of the step's micro-batches whose loss is not finite, or else of all of them."""
@@ -112,9 +115,11 @@ class StepTrainer(Trainer):
         The newest two are kept: should the machine fail before the newest is on its disk, there is the one before.
         """
         step, resume = self.state.global_step, Path(self._get_output_dir(trial))
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise self._not_finite("its update has left weights that are not finite")
         try:
             if self.is_world_process_zero():
-                for other in set(resume.glob("checkpoint-*")) - {last_whole(resume)}:
+                for other in set(checkpoints(resume)) - {last_whole(resume)}:
                     shutil.rmtree(other)
             with no_bars():
                 super()._save_checkpoint(model, trial)
@@ -136,6 +141,12 @@ class StepTrainer(Trainer):
 
 def _step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
+
+
+def checkpoints(resume: Path) -> list[Path]:
+    """The folders of `resume` that a save has made, whole or torn, the newest first."""
+    folders = [folder for folder in resume.glob("checkpoint-*") if folder.is_dir() and folder.name[11:].isdecimal()]
+    return sorted(folders, key=_step, reverse=True)
 
 
 def peak_memory() -> int:
@@ -173,9 +184,13 @@ class StepLog(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if state.is_world_process_zero and "loss" in logs:
-            numbers = {name: value for name, value in logs.items() if name != "epoch"}  # Trainer's: the run is its one epoch
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step} | numbers) + "\n")
+            numbers = {name: value if math.isfinite(value) else None for name, value in logs.items() if name != "epoch"}
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"step": state.global_step} | numbers) + "\n")
+            except OSError as error:
+                step = f"step {state.global_step} could not be logged, what was saved before it is kept"
+                raise OSError(f"{step}: {error}") from error
 
 
 class StopAtStepEnd(TrainerCallback):
@@ -199,15 +214,14 @@ class StopAtStepEnd(TrainerCallback):
 
 def last_whole(resume: Path) -> Path | None:
     """The newest resume checkpoint that was written to its end."""
-    folders = sorted(resume.glob("checkpoint-*"), key=_step, reverse=True)
-    return next((folder for folder in folders if what_is_torn(folder) is None), None)
+    return next((folder for folder in checkpoints(resume) if what_is_torn(folder) is None), None)
 
 
 def where_to_start(resume: Path) -> Path | None:
     """The checkpoint to go on from, None for the beginning; says what is left aside, and what it goes on from."""
     start = last_whole(resume)
     if PartialState().is_main_process:
-        for folder in resume.glob("checkpoint-*"):
+        for folder in checkpoints(resume):
             if torn := what_is_torn(folder):
                 print(f"{folder}: torn, left aside ({torn})", file=sys.stderr)
         if start is not None:
@@ -220,13 +234,13 @@ def train(
 ) -> None:
     """Train `model` in place on `batches` (see `StepTrainer`), going on from `run/resume` if an interrupted run left one.
 
-    `run/resume` stays until `end(run)`.
+    `run/resume` stays: remove it (`files.remove_whole`) when all that the run writes is written.
 
     Args:
         publish: called on the main process with the model and the step, every `save_steps` steps and after the last.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: loss, gradient or weights are not finite.
         OSError: a step could not be saved.
         Stopped: a signal came; the step that it came in is saved.
     """
@@ -270,12 +284,6 @@ def logger_into(folder: Path, logger: str | None) -> Iterator[None]:
             import wandb
 
             wandb.finish()
-
-
-def end(run: Path) -> None:
-    """Drop what a killed run would have gone on from: call it when all that the run writes is written."""
-    if PartialState().is_main_process:
-        shutil.rmtree(run / "resume", ignore_errors=True)
 
 
 def _arguments(s: Settings, run: Path) -> TrainingArguments:
