@@ -43,10 +43,10 @@ def prepare(cfg: DictConfig) -> utils.Family:
 def run(cfg: DictConfig) -> None:
     family = prepare(cfg)
     with utils.alone(Path(cfg.save_dir)):
-        finetune(cfg, family)
+        finetune_split(cfg, family)
 
 
-def finetune(cfg: DictConfig, family: utils.Family) -> None:
+def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
     folder = Path(cfg.save_dir)
     if utils.is_checkpoint(folder):  # written after the last step
         utils.close_run(folder)

@@ -58,10 +58,10 @@ def checkpoints(cfg: DictConfig, steps: int) -> set[Path]:
 def run(cfg: DictConfig) -> None:
     family = prepare(cfg)
     with utils.alone(Path(cfg.save_dir)):
-        unlearn(cfg, family)
+        unlearn_split(cfg, family)
 
 
-def unlearn(cfg: DictConfig, family: utils.Family) -> None:
+def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     import dataloader
 
     folder = Path(cfg.save_dir)
