@@ -9,11 +9,13 @@ import functools
 import os
 import pkgutil
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests with `&` has Ctrl-C ignored
 name, nth, when, command, script, *arguments = sys.argv[1:]
 sys.path.insert(0, str(Path(script).resolve().parent))
 owner_name, _, attribute = name.rpartition(".")
