@@ -69,7 +69,7 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
         flash = family.flash_attention2 and utils.use_bfloat16(cfg.dtype, family)
         model = load_model(family.hf_key, utils.device(), flash)
 
-    settings.check_disk(cfg, {folder}, model.num_parameters())
+    settings.check_disk(cfg, {folder}, model.num_parameters())  # `prepare` can't tell for a hub's model, or a new one
     tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length)
     batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), pad_id(tokenizer))
 

@@ -78,7 +78,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
 
     bf16 = utils.use_bfloat16(cfg.dtype, family)
     model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16)
-    settings.check_disk(cfg, checkpoints(cfg, steps), model.num_parameters())
+    settings.check_disk(cfg, checkpoints(cfg, steps), model.num_parameters())  # `prepare` can't tell for a hub's model
     tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
     pad = pad_id(tokenizer)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)

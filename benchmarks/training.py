@@ -39,7 +39,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -72,7 +71,7 @@ import utils
 from unlearn.checkpoints import load_model, load_tokenizer, pad_id
 from unlearn.scores import token_nlls
 from unlearn.tokens import IGNORE
-from unlearn.training import train
+from unlearn.training import peak_memory, train
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -224,17 +223,6 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Bytes: what the GPU's tensors took at most since `reset_peak`; without a GPU what was resident of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def nbytes(tensors: Iterable[Any]) -> int:

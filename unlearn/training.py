@@ -145,8 +145,9 @@ def _step(folder: Path) -> int:
 
 def checkpoints(resume: Path) -> list[Path]:
     """The folders of `resume` that a save has made, whole or torn, the newest first."""
-    folders = [folder for folder in resume.glob("checkpoint-*") if folder.is_dir() and folder.name[11:].isdecimal()]
-    return sorted(folders, key=_step, reverse=True)
+    folders = [folder for folder in resume.glob("checkpoint-*") if folder.is_dir()]
+    made = [folder for folder in folders if folder.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(made, key=_step, reverse=True)
 
 
 def peak_memory() -> int:
