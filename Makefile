@@ -12,7 +12,8 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Fine-tune the tiny model on data/sample, unlearn forget10 in two ways, and ask all three models the questions.
+# Fine-tune the tiny model on data/sample, unlearn forget10 in two ways, ask all three models the questions, and measure
+# the G-effects of both runs.
 TINY = data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0
 RUN = icml/tiny
 demo: setup
@@ -21,6 +22,9 @@ demo: setup
 	$(BIN)/python basher1.py npo_kl --model=tiny --setting=forget10
 	for model in $(TINY) $(RUN)/ga_*_forget10_5_0.0_None/checkpoint-12 $(RUN)/npo_kl_*_forget10_5_0.0_None/checkpoint-12; do \
 		$(BIN)/python tofu_evaluation.py model_family=tiny split=forget10 model_path=$$model || exit 1; done
+	$(BIN)/python basher2.py ga --model=tiny --setting=forget10
+	$(BIN)/python basher2.py npo_kl --model=tiny --setting=forget10 tokens=true
+	@echo "The figures are in $(RUN)/*/geffect/figures"
 
 test: setup
 	$(BIN)/python -m pytest

@@ -19,12 +19,19 @@ from settings import check_forget_split, parse_method
 from utils import load_family
 
 ROOT = Path(__file__).resolve().parent
-USAGE = "basher1.py METHOD --model=FAMILY --setting=forget01|forget05|forget10 [--hyper=NUMBER] [--cuda_id=GPU] [key=value ...]"
+USAGE = "{} METHOD --model=FAMILY --setting=forget01|forget05|forget10 [--hyper=NUMBER] [--cuda_id=GPU] [key=value ...]"
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
-    parser.error = _refuse  # type: ignore[method-assign]
+def parse_args(argv: list[str], script: str = "basher1.py", description: str | None = __doc__) -> argparse.Namespace:
+    """The arguments of a script that names a run as this one does. Raises ValueError for those that it does not have."""
+    usage = USAGE.format(script)
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message}; usage: {usage}")
+
+    as_typed = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=as_typed, usage=usage)
+    parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument(
         "method", help="ga, wga, npo, tnpo, wtnpo, rmu_LAYER, idk, gd, kl, ..., each with an optional _gd or _kl"
     )
@@ -36,13 +43,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cuda_id", type=int, help="which GPU; left out: what is there")
     args, overrides = parser.parse_known_args(argv)
     if strange := [word for word in overrides if word.startswith("-") or "=" not in word]:
-        _refuse(f"{' '.join(strange)}: no such argument")
+        refuse(f"{' '.join(strange)}: no such argument")
     args.overrides = overrides
     return args
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"{message}; usage: {USAGE}")
 
 
 def choose_device(cuda_id: int | None) -> dict[str, str]:
@@ -53,7 +56,7 @@ def choose_device(cuda_id: int | None) -> dict[str, str]:
 
     n = torch.cuda.device_count()
     if n == 0:
-        print(f"basher1.py: --cuda_id={cuda_id}: no GPU here, on the CPU then", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: --cuda_id={cuda_id}: no GPU here, on the CPU then", file=sys.stderr)
         return {}
     if not 0 <= cuda_id < n:
         raise ValueError(f"--cuda_id={cuda_id}: no such GPU; there are {', '.join(map(str, range(n)))}")
@@ -61,14 +64,18 @@ def choose_device(cuda_id: int | None) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": visible.split(",")[cuda_id] if visible else str(cuda_id)}
 
 
-def command(args: argparse.Namespace) -> list[str]:
-    """The forget.py command that the arguments stand for. Raises ValueError for an unknown method, family or split."""
+def run_settings(args: argparse.Namespace) -> list[str]:
+    """forget.py's settings that the arguments stand for. Raises ValueError for an unknown method, family or split."""
     load_family(args.model)
     check_forget_split(args.setting)
     settings = [f"model_family={args.model}", f"split={args.setting}", *parse_method(args.method)]
     if args.hyper is not None:
         settings.append(f"hyper_param={int(args.hyper) if args.hyper.is_integer() else args.hyper}")
-    return [sys.executable, str(ROOT / "forget.py"), *settings, *args.overrides]
+    return settings
+
+
+def command(args: argparse.Namespace) -> list[str]:
+    return [sys.executable, str(ROOT / "forget.py"), *run_settings(args), *args.overrides]
 
 
 def main(argv: list[str]) -> int:

@@ -9,13 +9,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from unlearn.tokens import IGNORE
+from unlearn.rows import Row, collate, counts, tokenize_pairs
 from utils import RETAIN_OF, Family, default_holdout, read_jsonl
 
 if TYPE_CHECKING:
@@ -23,9 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IDK = Path(__file__).parent / "data" / "idontknow.jsonl"
+T = TypeVar("T")
 ANSWER = "\ue000answer\ue000"  # stands where a chat template puts the answer; private-use characters, in no one's text
-
-Row = dict[str, Tensor]  # input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference
 
 
 def read_split(data_path: str, name: str) -> list[dict[str, Any]]:
@@ -91,32 +89,12 @@ def tokenize(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase,
         ValueError: a row lacks its question or answer or is longer than its prompt leaves room for, or the tokenizer
             has no end-of-sequence token, gives no offsets or does not have the chat template that the family needs.
     """
-    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
-        raise ValueError(f"{tokenizer.name_or_path}: needs a fast tokenizer with an end-of-sequence token")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
             raise ValueError(f"row {number}: needs the texts 'question' and 'answer', and has {sorted(row)}")
-    texts = [prompt_and_answer(row, tokenizer, family) for row in rows]
-    encoded = tokenizer(
-        [prompt + answer for prompt, answer in texts],
-        add_special_tokens=not family.chat_template,
-        return_offsets_mapping=True,
-    )
-    tokenized = []
-    for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True), start=1):
-        boundary = len(texts[number - 1][0]) - (len(family.answer_tag) if family.loss_on_answer_tag else 0)
-        tokenized.append(_to_row(ids, [end for _, end in offsets], boundary, tokenizer.eos_token_id, max_length))
-        if (tokenized[-1]["labels"] == IGNORE).all():
-            raise ValueError(f"row {number}: its prompt alone fills max_length={max_length} tokens")
-    return tokenized
-
-
-def _to_row(ids: list[int], ends: list[int], boundary: int, eos: int, max_length: int) -> Row:
-    if ids and ids[-1] == eos and ends[-1] == 0:  # the tokenizer added its own end-of-sequence token
-        ids, ends = ids[:-1], ends[:-1]
-    labels = [token if end > boundary else IGNORE for token, end in zip(ids, ends, strict=True)] + [eos]
-    labels[0] = IGNORE  # nothing stands before it to predict it from
-    return {"input_ids": torch.tensor([*ids, eos][:max_length]), "labels": torch.tensor(labels[:max_length])}
+    pairs = [prompt_and_answer(row, tokenizer, family) for row in rows]
+    tag = len(family.answer_tag) if family.loss_on_answer_tag else 0
+    return tokenize_pairs(pairs, tokenizer, max_length, prompt_loss=tag, special_tokens=not family.chat_template)
 
 
 def idk_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
@@ -124,17 +102,6 @@ def idk_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     sentences = [line["idk"] for line in read_jsonl(IDK)]
     draw = random.Random(f"idk {seed}")
     return [{"question": row["question"], "answer": draw.choice(sentences)} for row in rows]
-
-
-def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
-    """Pad rows to the longest of them: `input_ids`, `attention_mask` and `labels`, each (B, T)."""
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    padded = {
-        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=value)
-        for key, value in (("input_ids", pad), ("labels", IGNORE))
-    }
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # by length: the end-of-sequence id may be the padding's
-    return padded | {"attention_mask": mask.long()}
 
 
 def stream(n_rows: int, n: int, seed: int, name: str) -> list[int]:
@@ -193,9 +160,10 @@ def step_batches(cfg: DictConfig, forget: list[Row], retain: list[Row], steps: i
     return StepBatches(forget, retain, steps, cfg.batch_size, cfg.gradient_accumulation_steps * processes, cfg.seed, pad)
 
 
-def counts(rows: Sequence[Row]) -> tuple[int, int]:
-    """Label tokens and rows."""
-    return sum(int((row["labels"] != IGNORE).sum()) for row in rows), len(rows)
+def beside_rows(rows: Sequence[T], n: int | None, forget: int, seed: int) -> list[T]:
+    """The retain rows of a G-effect's loss: `n` (null: as many as there are to forget) of those trained on, drawn once."""
+    n = min(len(rows), forget if n is None else n)
+    return [rows[i] for i in random.Random(f"geffect {seed}").sample(range(len(rows)), n)]
 
 
 def finetune_rows(cfg: DictConfig, split: str | None = None) -> list[dict[str, Any]]:

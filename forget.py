@@ -18,9 +18,10 @@ from omegaconf import DictConfig
 
 import settings
 import utils
-from unlearn.files import count_parameters
+from unlearn.files import count_parameters, written_beside
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from unlearn.loss import Loss
@@ -32,22 +33,34 @@ def prepare(cfg: DictConfig) -> utils.Family:
     cfg.lr = family.unlearn_lr if cfg.lr is None else cfg.lr
     rows = settings.check_forget_data(cfg)
     settings.check_logger(cfg.logger)
-    cfg.model_path = utils.original_model(family, cfg) if cfg.model_path is None else utils.find_path(cfg.model_path)
-    settings.check_checkpoint("model_path", cfg.model_path)
+    cfg.model_path = original_of(cfg, family)
     if cfg.method.name in ("gd", "kl") and cfg.retain.name != cfg.method.name:
         raise ValueError(
             f"retain={cfg.retain.name}: method={cfg.method.name} is ga with the retain term {cfg.method.name} already"
         )
     if "layer" in cfg.method:
         settings.check_layer(cfg.model_path, cfg.method.layer)
-    if cfg.save_dir is None:
-        cfg.save_dir = str(utils.run_folder(cfg)) + utils.override_suffix(cfg, "forget")
+    cfg.save_dir = str(folder_of(cfg))
     settings.check_folder(Path(cfg.save_dir))
     utils.check_run(Path(cfg.save_dir), cfg)
     if rows is not None and Path(cfg.model_path).is_dir():
         steps, _ = utils.count_steps(cfg, rows)
         settings.check_disk(cfg, checkpoints(cfg, steps), count_parameters(Path(cfg.model_path)))
     return family
+
+
+def folder_of(cfg: DictConfig) -> Path:
+    """The run's own folder: `save_dir`, else named after its settings."""
+    if cfg.save_dir is not None:
+        return Path(cfg.save_dir)
+    return Path(str(utils.run_folder(cfg)) + utils.override_suffix(cfg, "forget"))
+
+
+def original_of(cfg: DictConfig, family: utils.Family) -> str:
+    """The model before unlearning: `model_path`, else the family's fine-tuned one. Raises ValueError where it is not there."""
+    path = utils.original_model(family, cfg) if cfg.model_path is None else utils.find_path(cfg.model_path)
+    settings.check_checkpoint("model_path", path)
+    return path
 
 
 def checkpoints(cfg: DictConfig, steps: int) -> set[Path]:
@@ -73,6 +86,8 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
         return utils.say(f"{folder} is done already: {steps} steps" + not_there(cfg, steps))
 
     from unlearn.checkpoints import load_model, load_tokenizer, pad_id, save_checkpoint
+    from unlearn.geffect import GEffectCallback
+    from unlearn.meter import Meter, Target, Wanted
     from unlearn.scores import token_mean, token_nlls
     from unlearn.training import train
 
@@ -97,15 +112,25 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     began = time.time()
     publish = partial(save_checkpoint, folder, tokenizer, cfg.save_dtype)
     how = utils.training_settings(cfg, family, steps, per_epoch)
-    train(model, build_loss(cfg, model, folder), batches, how, folder, publish)
+    loss = build_loss(cfg, model, copy.deepcopy(model) if cfg.retain.reference else None)
+    if loss.noise is not None and utils.is_main_process():
+        save_noise(folder, loss.noise)
+    callbacks = []
+    if cfg.geffect.every:
+        beside = dataloader.beside_rows(retain, cfg.geffect.retain_rows, len(target), cfg.seed)
+        risks = {"unlearn": measured["forget"], "retain": measured["retain"]}
+        wanted = Wanted(instances=cfg.geffect.instances, norms=cfg.geffect.norms)
+        meter = Meter(model, Target(loss, target, beside), risks, pad, wanted, bf16=bf16)
+        callbacks = [GEffectCallback(meter, cfg.geffect.every, folder / "geffect")]
+    train(model, loss, batches, how, folder, publish, callbacks)
     seconds = time.time() - began
     after = {name: nlls(model, rows, what=f"{name} loss after") for name, rows in measured.items()}
     losses = {name: {"start": token_mean(before[name]), "end": token_mean(after[name])} for name in measured}
     if utils.is_main_process():
         utils.write_json(folder / "logs" / "losses.json", losses | {"steps": steps, "training_seconds": round(seconds, 1)})
     utils.close_run(folder)
-    for name, loss in losses.items():
-        utils.say(f"{name + ' loss':12} {loss['start']:8.3f} -> {loss['end']:8.3f} nats a token")
+    for name, value in losses.items():
+        utils.say(f"{name + ' loss':12} {value['start']:8.3f} -> {value['end']:8.3f} nats a token")
     utils.say(f"{steps} steps in {seconds:.0f} s; checkpoints and logs are in {folder}" + not_there(cfg, steps))
 
 
@@ -121,10 +146,13 @@ def not_there(cfg: DictConfig, steps: int) -> str:
     return f"; not there, or not whole: checkpoint-{', '.join(map(str, missing))}" if missing else ""
 
 
-def build_loss(cfg: DictConfig, model: PreTrainedModel, folder: Path) -> Loss:
-    """The loss that the method's and the retain term's YAML describe, at the model before unlearning."""
+def build_loss(cfg: DictConfig, model: PreTrainedModel, reference: PreTrainedModel | None) -> Loss:
+    """The loss that the method's and the retain term's YAML describe.
+
+    Args:
+        reference: the model before unlearning, for a retain term that compares with it.
+    """
     import torch
-    from safetensors.torch import save_file
 
     from unlearn.loss import Loss
 
@@ -132,17 +160,21 @@ def build_loss(cfg: DictConfig, model: PreTrainedModel, folder: Path) -> Loss:
     noise = None
     if layer is not None:
         noise = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(cfg.seed)).to(model.device)
-        if utils.is_main_process():
-            save_file({"noise": noise.cpu()}, folder / ".noise.tmp")
-            (folder / ".noise.tmp").replace(folder / "noise.safetensors")
     return Loss(
         objective=instantiate(cfg.method.objective),
         retain=instantiate(cfg.retain.term),
         weight=cfg.retain.weight,
         layer=layer,
         noise=noise,
-        reference=copy.deepcopy(model).requires_grad_(False).eval() if cfg.retain.reference else None,
+        reference=reference.requires_grad_(False).eval() if cfg.retain.reference and reference is not None else None,
     )
+
+
+def save_noise(folder: Path, noise: Tensor) -> None:
+    from safetensors.torch import save_file
+
+    with written_beside(folder / "noise.safetensors") as beside:
+        save_file({"noise": noise.cpu()}, beside)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -159,12 +159,15 @@ def unknown_key(key: str, config: DictConfig) -> str:
 # ---- the methods' names ----
 
 
+def methods() -> list[str]:
+    return sorted(file.stem for file in (CONFIG / "method").glob("*.yaml"))
+
+
 def parse_method(name: str) -> list[str]:
     """A method's name, with its number and its retain term, as forget.py's settings: rmu_21_kl, npo_gd, wtnpo_0.5, ..."""
-    methods = sorted(file.stem for file in (CONFIG / "method").glob("*.yaml"))
 
     def parse(name: str) -> list[str] | None:
-        if (known := ALIASES.get(name, name)) in methods:
+        if (known := ALIASES.get(name, name)) in methods():
             return [f"method={known}"]
         stem, _, last = name.rpartition("_")
         base = parse(stem) if stem else None
@@ -180,7 +183,7 @@ def parse_method(name: str) -> list[str]:
     if last in RETAIN_TERMS and (settings := parse(stem)) is not None:
         return [*settings, f"retain={last}"]
     raise ValueError(
-        f"method {name}: unknown; there are {', '.join(methods)}, their other names {', '.join(ALIASES)},"
+        f"method {name}: unknown; there are {', '.join(methods())}, their other names {', '.join(ALIASES)},"
         f" rmu_LAYER and wtnpo_ALPHA, each with an optional _{' or _'.join(RETAIN_TERMS)}"
     )
 
@@ -210,6 +213,7 @@ def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
 
 
 BOOL = (lambda x: isinstance(x, bool), "true or false")
+LIST = (lambda x: isinstance(x, Sequence) and not isinstance(x, str), "a list, [A,B,...]")
 VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": _number(0, whole=True),
     "batch_size": _number(1, whole=True),
@@ -225,22 +229,49 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "retain.weight": _number(0),
     "method.layer": _number(0, whole=True),
     "method.objective.beta": _number(0, strict=True),
+    "geffect.every": _number(0, whole=True),
+    "geffect.retain_rows": _number(1, whole=True),
+    "step": _number(0, whole=True),
+    "sweep": LIST,
     "ds_size": _number(1, whole=True),
     "generation.max_length": _number(2, whole=True),
     "dtype": _one_of("auto", "float32", "bfloat16"),
+    "weights": _one_of("float32", "bfloat16"),
     "save_dtype": _one_of("float32", "bfloat16"),
     "optim": _one_of("adamw_torch_fused", "adamw_torch", "sgd", "adafactor"),
     "logger": _one_of("tensorboard", "wandb", "trackio"),
+    "geffect.instances": BOOL,
+    "geffect.norms": BOOL,
+    "instances": BOOL,
+    "norms": BOOL,
+    "tokens": BOOL,
+    "positions": BOOL,
     "gradient_checkpointing": BOOL,
     "loss_on_answer_tag": BOOL,
     "debug": BOOL,
 }
-NULLABLE = {"lr", "num_epochs", "save_steps", "retain_holdout", "hyper_param", "gradient_checkpointing", "ds_size", "logger"}
+VALID_OF = {"forget_ge": {"dtype": _one_of("auto", "float32", "bfloat16", "float64")}}  # of one configuration
+NULLABLE = {
+    "split",
+    "step",
+    "model_path",
+    "model_path_cur",
+    "sweep",
+    "geffect.retain_rows",
+    "lr",
+    "num_epochs",
+    "save_steps",
+    "retain_holdout",
+    "hyper_param",
+    "gradient_checkpointing",
+    "ds_size",
+    "logger",
+}
 
 
 def check_values(cfg: DictConfig, config_name: str) -> None:
     """Raises ValueError for a value of the wrong type or range, or a key that the configuration does not have."""
-    if "method" in cfg and config_name != "forget":
+    if "method" in cfg and config_name not in ("forget", "forget_ge"):
         raise ValueError(f"the configuration is forget's: is --config-name={config_name} meant?")
     defaults = defaults_of(cfg, config_name)
     known = flatten(defaults)
@@ -250,7 +281,7 @@ def check_values(cfg: DictConfig, config_name: str) -> None:
     for key, value in flatten(cfg).items():
         if key not in known:
             raise ValueError(unknown_key(key, defaults))
-        fits, what = VALID.get(key) or _like(key, known[key])
+        fits, what = VALID_OF.get(config_name, {}).get(key) or VALID.get(key) or _like(key, known[key])
         if not fits(value) and not (value is None and (key in NULLABLE or known[key] is None)):
             raise ValueError(f"{key}={value}: needs to be {what}")
 

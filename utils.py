@@ -6,6 +6,7 @@ Nothing here imports torch before it must: a mistyped command is answered at onc
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -42,6 +43,7 @@ UNNAMED = {
     *("model_family", "split", "lr", "num_epochs", "weight_decay", "hyper_param", "method.layer"),
     *("model_path", "hf_key", "data_path", "forget_data", "retain_data", "save_dir", "output_dir"),
     *("gradient_checkpointing", "save_steps", "save_dtype", "logger", "debug", "method.name", "method.run_name", "retain.name"),
+    *("geffect.every", "geffect.retain_rows", "geffect.instances", "geffect.norms"),
 }
 # What may differ when a run is started again.
 PLACES = {"save_dir", "output_dir", "debug", "logger", "save_steps", "gradient_checkpointing"}
@@ -181,21 +183,23 @@ def override_suffix(cfg: DictConfig, config_name: str) -> str:
     return "".join(f"_{key}={value}" for key, value in sorted(changed.items()) if key not in copies)
 
 
-def check_run(folder: Path, cfg: DictConfig) -> None:
+def check_run(folder: Path, cfg: DictConfig, may_differ: set[str] | frozenset[str] = frozenset()) -> None:
     """Raises ValueError where the folder holds a run of other settings: which ones, and both values."""
     file = folder / "config.yaml"
     if file.exists():
         before, now = flatten(yaml.safe_load(file.read_text())["settings"]), flatten(run_settings(cfg))
-        differ = [key for key in now if key not in PLACES and before.get(key, now[key]) != now[key]]
+        differ = [key for key in now if key not in PLACES | may_differ and before.get(key, now[key]) != now[key]]
         if differ:
             listed = "; ".join(f"{key}={before.get(key)} there, {now[key]} here" for key in differ)
             raise ValueError(f"{folder} holds a run of other settings: {listed}")
 
 
 def open_run(folder: Path, cfg: DictConfig) -> None:
-    """Make the run's folder with its config.yaml: all settings, and the versions of what it runs on."""
+    """Make the run's folder with its config.yaml: all settings, their hash, and the versions of what it runs on."""
     if is_main_process() and not (folder / "config.yaml").exists():
-        record = {"settings": run_settings(cfg), "versions": versions()}
+        made_of = run_settings(cfg)
+        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        record = {"settings": made_of, "hash": digest, "versions": versions()}
         write_whole(folder / "config.yaml", yaml.safe_dump(record, sort_keys=False))
 
 
@@ -259,6 +263,18 @@ def why_no_checkpoint(folder: Path) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def step_of(folder: Path) -> int | None:
+    """The N of a folder checkpoint-N."""
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if folder.name.startswith("checkpoint-") and number.isdecimal() else None
+
+
+def run_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """A run's checkpoints that are whole, in the order of their steps."""
+    found = [(step, folder) for folder in run.glob("checkpoint-*") if (step := step_of(folder)) is not None]
+    return sorted((step, folder) for step, folder in found if is_checkpoint(folder))
 
 
 def find_path(path: str) -> str:

@@ -36,37 +36,28 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
-import platform
 import re
-import shlex
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# One process has one device, not torch's DataParallel over all.
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 import torch
 import torch.nn.functional as F
+from measuring import flop_counter, matrix_speed, now, padded, positive, prepare, reset_peak, spread, surroundings, times
 from torch import Tensor, nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as transformers_trainer
 
 import dataloader
 import forget
-import settings
 import utils
 from unlearn.checkpoints import load_model, load_tokenizer, pad_id
 from unlearn.scores import token_nlls
@@ -142,14 +133,6 @@ def plain_gradient(plain: Plain, rows: list[dataloader.Row], pad_to: int | None)
     return total
 
 
-def padded(rows: list[dataloader.Row], pad_to: int | None, pad: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, (B, T) each on the device; T is `pad_to`, or the longest row's."""
-    batch = dataloader.collate(rows, pad)
-    missing = 0 if pad_to is None else pad_to - batch["input_ids"].shape[1]
-    fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORE}
-    return {key: F.pad(batch[key], (0, missing), value=value).to(utils.device()) for key, value in fill.items()}
-
-
 def row_nlls(model: nn.Module, batch: dict[str, Tensor], bf16: bool) -> Tensor:
     """(B,) nats: the sum of l_t over each row's label tokens, from the logits of all positions."""
     with torch.autocast(utils.device().type, torch.bfloat16, enabled=bf16):
@@ -178,51 +161,6 @@ class Record:
     flops: int = 0
     peak_memory: int = 0  # bytes
     seconds: list[list[float]] = field(default_factory=list)
-
-
-def now() -> float:
-    """Seconds, after the GPU, if there is one, has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def flop_counter() -> FlopCounterMode:
-    """Counts matrix products and attention, that of the CPU's kernels too, which torch has no formula for."""
-    aten = torch.ops.aten
-    cpu_attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    }
-    return FlopCounterMode(display=False, custom_mapping=cpu_attention)
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-def matrix_speed(size: int, dtype: torch.dtype, repeats: int = 3) -> float:
-    """FLOPs a second of a product of two `size` x `size` matrices, the median of `repeats` after one that is not timed."""
-    left, right = (torch.randn(size, size, device=utils.device(), dtype=dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    seconds = []
-    for _ in range(1 + repeats):
-        began = now()
-        torch.mm(left, right, out=out)
-        seconds.append(now() - began)
-    return 2 * size**3 / median(seconds[1:])
-
-
-def reset_peak() -> None:
-    """Let `peak_memory` begin anew (without a GPU only where Linux lets a process do so)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def nbytes(tensors: Iterable[Any]) -> int:
@@ -394,7 +332,7 @@ def compare(cfg: DictConfig, family: utils.Family, args: argparse.Namespace) -> 
         how = utils.training_settings(cfg, family, steps, steps)
         how = replace(how, lr=0.0, warmup_steps=0, save_steps=steps + 1)
         with riding_along(race):
-            train(model, forget.build_loss(cfg, model, Path(cfg.save_dir)), batches, how, Path(cfg.save_dir))
+            train(model, forget.build_loss(cfg, model, None), batches, how, Path(cfg.save_dir))
 
     run_steps, _ = utils.count_steps(cfg, len(rows))
     numbers = summary(race, step_tokens(batches, drawn, cfg.max_length, cfg.batch_size), reference_seconds / run_steps)
@@ -491,44 +429,6 @@ def ratios(a: Record, other: Record, extra: float) -> dict[str, Any]:
     return spread([sum(theirs) / sum(mine + extra for mine in ours[: len(theirs)]) for ours, theirs in pairs])
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    return {"median": median(values), "min": min(values), "max": max(values), "values": values}
-
-
-def surroundings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on, beside the code: the machine, the versions, the commit, the command."""
-    preloaded = [Path(name).name for name in os.environ.get("LD_PRELOAD", "").split()]
-    return {
-        "processor": processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "preloaded": preloaded or None,
-        "versions": {"python": platform.python_version()} | utils.versions(),
-        "commit": commit(),
-        "command": shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]]),
-        "seed": args.seed,
-    }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """The checkout's commit, and whether tracked files differ from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=utils.ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 # ---- the table ----
 
 
@@ -577,10 +477,6 @@ def loop_line(method: str, name: str, numbers: dict[str, Any], pad_to: int) -> s
         f"{loop['peak_memory'] / 2**30:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def times(ratio: dict[str, Any]) -> str:
-    return f"{ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f})"
 
 
 def method_notes(method: str, numbers: dict[str, Any]) -> list[str]:
@@ -633,13 +529,6 @@ def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     return parser.parse_args(), parser
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: needs to be a whole number of at least 1")
-    return value
-
-
 def configuration(args: argparse.Namespace, method: str, folder: str) -> DictConfig:
     """forget.py's configuration for the method."""
     cfg = utils.compose_config("forget", [f"method={method}"])
@@ -648,18 +537,6 @@ def configuration(args: argparse.Namespace, method: str, folder: str) -> DictCon
     cfg.batch_size, cfg.gradient_accumulation_steps = args.batch_size, args.gradient_accumulation_steps
     cfg.gradient_checkpointing = False
     return cfg
-
-
-def prepare(cfg: DictConfig) -> utils.Family:
-    """Fill in what the family decides. Raises ValueError for what cannot work, before anything is loaded.
-
-    It is forget.py's, without what concerns checkpoints: none is written.
-    """
-    family = settings.prepare(cfg, "forget")
-    settings.check_forget_data(cfg)
-    cfg.model_path = utils.find_path(cfg.model_path)
-    settings.check_checkpoint("model_path", cfg.model_path)
-    return family
 
 
 def main() -> None:
@@ -672,7 +549,7 @@ def main() -> None:
             parser.error(str(error))
         methods = {method: compare(cfg, families[method], args) for method, cfg in configs.items()}
         pad_to = next(iter(configs.values())).max_length
-    results = {"surroundings": surroundings(args), "pad_to": pad_to, "methods": methods}
+    results = {"surroundings": surroundings(args.seed), "pad_to": pad_to, "methods": methods}
     print(report(results))
     if args.out is not None:
         utils.write_json(args.out, results)

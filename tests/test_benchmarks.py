@@ -1,4 +1,4 @@
-"""The training benchmark as a command, on the tiny model: that its numbers are what they say; not how fast anything is."""
+"""The benchmarks as commands, on the tiny model: that their numbers are what they say; not how fast anything is."""
 
 from __future__ import annotations
 
@@ -90,3 +90,90 @@ def test_what_is_not_there_is_said_in_a_line(young: Path) -> None:
     failed = run_in(ROOT, f"python benchmarks/training.py --model={young} --data=data/nowhere --family=tiny", check=False)
     assert failed.returncode == 2
     assert "data_path=data/nowhere" in failed.stderr.splitlines()[-1]
+
+
+# ---- the G-effect ----
+
+ROWS = 6  # of each kind: two batches of the published procedure
+EFFECTS = "--data=data/sample --family=tiny --split=forget05 --matrix=256 --forget=6 --retain=6"
+
+
+@pytest.fixture(scope="module")
+def measured(young: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """The page, and all the numbers."""
+    out = tmp_path_factory.mktemp("benchmarks") / "geffect.md"
+    options = f"{EFFECTS} --rounds=2 --padded_rows=2 --no_memory --threads=1"
+    done = run_in(ROOT, f"python benchmarks/geffect.py --model={young} {options} --out={out}")
+    assert done.stdout.strip() == out.read_text().strip()
+    return out.read_text(), json.loads(out.with_suffix(".json").read_text())
+
+
+def test_the_page_has_every_case_and_target(measured: tuple[str, dict[str, Any]]) -> None:
+    page, numbers = measured
+    for case in ("a", "a_norms", "b", "c", "d", "e", "e_padded", "c x 20", "c x 20, one V"):
+        assert f"\n| {case} | " in page
+    assert "e_padded ran on 2 + 2 rows" in page
+    assert len(numbers["targets"]) == 8
+    assert all(("met" if target["met"] else "missed") in page for target in numbers["targets"])
+    assert numbers["surroundings"]["command"] in page
+
+
+def test_the_exact_ways_agree_and_the_average_does_not(measured: tuple[str, dict[str, Any]]) -> None:
+    numbers = measured[1]
+    assert numbers["largest_difference"] < 1e-3
+    effects = {name: case["effects"] for name, case in numbers["cases"].items()}
+    for name in ("a", "a_norms", "b", "d"):
+        assert effects[name] == pytest.approx(effects["c"], rel=1e-3)
+    assert effects["c"][0] < 0  # ascent on the rows to forget
+    assert max(numbers["differences"]["e"]) > 1e-3
+
+
+def test_derived_seconds_are_those_of_c(measured: tuple[str, dict[str, Any]]) -> None:
+    cases, seconds = measured[1]["cases"], measured[1]["seconds"]
+    parts = cases["c"]["parts"]
+    assert seconds["c20"]["values"] == pytest.approx([20 * (part["V"] + part["rest"]) for part in parts])
+    assert seconds["c20_shared"]["values"] == pytest.approx([part["V"] + 20 * part["rest"] for part in parts])
+    assert measured[1]["of_c"]["c20"]["values"] == pytest.approx([20, 20])
+    for other in ("e", "e_padded"):
+        pairs = zip(seconds[other]["values"], seconds["a"]["values"], strict=True)
+        assert measured[1][f"faster_than_{other}"]["a"]["values"] == pytest.approx([theirs / a for theirs, a in pairs])
+
+
+def test_every_product_of_a_measurement_is_counted(measured: tuple[str, dict[str, Any]], young: Path) -> None:
+    """FLOPs a weight and token: 6 for a gradient; 4 + 2 x 2 for the tap, and 2 more with norms; 2 + 4 x 2 for the sweep.
+
+    Attention's are, for each 2 T^2 d of a row and layer: 6 for a gradient and for the tap, whose directions do not pass
+    through it, and 2 + 4 x 2 for the sweep. The tap also multiplies outputs' changes and gradients, 2 for each of both.
+    """
+    config = json.loads((young / "config.json").read_text())
+    layers, d, wide = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"] * config["head_dim"]
+    inside, head = layers * (4 * d * heads + 3 * d * wide), d * config["vocab_size"]
+    parts = measured[1]["tokens"]
+
+    def passes(name: str, weights: int, attention: int) -> int:
+        padded, labels = parts[name]["with_padding"], parts[name]["labels"]
+        return weights * (inside * padded + head * labels) + attention * 2 * padded * (padded // ROWS) * layers * heads
+
+    v = passes("forget", 6, 6) + passes("retain", 6, 6)
+    outputs = layers * (3 * heads + 2 * d + 2 * wide + 2 * d) + 2 * d  # of linear layers, norms and the embedding
+    products = 2 * 2 * (outputs * parts["forget"]["with_padding"] + config["vocab_size"] * parts["forget"]["labels"])
+    flops = {name: case["flops"] for name, case in measured[1]["cases"].items()}
+    assert flops["c"] == v + passes("forget", 6, 6)
+    assert flops["a"] == pytest.approx(v + passes("forget", 8, 6) + products, rel=1e-3)
+    assert flops["a_norms"] == pytest.approx(v + passes("forget", 10, 6) + products, rel=1e-3)
+    assert flops["b"] == pytest.approx(v + passes("forget", 10, 10), rel=1e-3)
+
+
+def test_memory_is_of_the_case_alone(young: Path) -> None:
+    """The plain way holds V, which is twice the weights, and grad L, beside activations and what the allocator keeps."""
+    command = f"python benchmarks/geffect.py --model={young} {EFFECTS} --dtype=bfloat16 --peak=c"
+    taken = int(run_in(ROOT, command).stdout)
+    weights = (young / "model.safetensors").stat().st_size
+    assert 2 * weights < taken < 100 * weights
+
+
+def test_too_many_rows_are_refused(young: Path) -> None:
+    failed = run_in(ROOT, f"python benchmarks/geffect.py --model={young} {EFFECTS} --retain=400", check=False)
+    assert failed.returncode == 2
+    assert "--retain=400: there are 40 such rows" in failed.stderr.splitlines()[-1]

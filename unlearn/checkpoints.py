@@ -29,11 +29,29 @@ def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(fallback if bare else path)
 
 
-def load_model(path: str, device: torch.device, flash_attention: bool = False) -> PreTrainedModel:
-    """The checkpoint as a float32 causal LM, with flash-attn where it is wanted and there (see `attention`)."""
+def load_model(
+    path: str, device: torch.device, flash_attention: bool = False, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The checkpoint as a causal LM, with flash-attn where it is wanted and there (see `attention`)."""
     how = attention(device, flash_attention)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=how)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=how)
     return model.to(device)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def load_weights(model: PreTrainedModel, path: str) -> None:
+    """Put a checkpoint's weights into the model, in the model's precision.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+    """
+    with no_bars():
+        weights = dict(load_model(path, torch.device("cpu")).named_parameters())
+    for name, parameter in model.named_parameters():
+        shape = tuple(weights[name].shape) if name in weights else "nothing"
+        if shape != tuple(parameter.shape):
+            raise ValueError(f"{path}: another model ({name} is {shape} there, {tuple(parameter.shape)} in the original)")
+        parameter.copy_(weights[name])
 
 
 def attention(device: torch.device, flash: bool = False) -> str:

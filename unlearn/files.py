@@ -16,9 +16,16 @@ SEAL = "whole.json"  # written into a folder last of all: the size of each of it
 
 def write_whole(file: Path, text: str) -> None:
     """Write a file beside its place, then rename it."""
+    with written_beside(file) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_beside(file: Path) -> Iterator[Path]:
+    """A file to write, renamed into place at the end; what stood there stays until then."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
+    yield beside
     beside.replace(file)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn.objectives import Objective
-from unlearn.tokens import Counts, token_outputs
+from unlearn.tokens import Counts, Tokens, token_outputs
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,27 @@ class Loss:
         `batch` holds the forget rows first, then the retain rows: `input_ids`, `attention_mask`, `labels` (B, T);
         `n_forget`; the step's `forget_counts` and `retain_counts`; and `ref_nll` (M,) of the forget rows where needed.
         """
+        return self.of_tokens(token_outputs(model, batch, self.layer), batch)
+
+    def of_tokens(self, tokens: Tokens, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The same from the batch's label tokens. A part without rows is left out."""
         n = batch["n_forget"]
-        forget, retain = token_outputs(model, batch, self.layer).split(n)
-        forget = replace(forget, ref_nll=batch.get("ref_nll"), noise=self.noise)
-        parts = {"objective": self.objective(forget, Counts(*batch["forget_counts"]))}
-        if self.retain is not None:
-            retain = replace(retain, ref_logits=self._reference_logits(batch, n))
+        forget, retain = tokens.split(n)
+        parts = {}
+        if n:
+            forget = replace(forget, ref_nll=batch.get("ref_nll"), noise=self.noise)
+            parts["objective"] = self.objective(forget, Counts(*batch["forget_counts"]))
+        if self.retain is not None and retain.n_rows:
+            logits = batch["ref_logits"] if "ref_logits" in batch else self.reference_logits(batch)
+            retain = replace(retain, ref_logits=logits)
             parts["retain"] = self.weight * self.retain(retain, Counts(*batch["retain_counts"]))
         return parts
 
     @torch.no_grad()
-    def _reference_logits(self, batch: Mapping[str, Any], n: int) -> Tensor | None:
+    def reference_logits(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """(label tokens of the retain rows, vocabulary), or None without a reference model."""
         if self.reference is None:
             return None
+        n = batch["n_forget"]
         rows = {key: batch[key][n:] for key in ("input_ids", "attention_mask", "labels")}
         return token_outputs(self.reference, rows).logits

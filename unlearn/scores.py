@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unlearn.rows import Row
 from unlearn.tokens import IGNORE, token_outputs
 
-Row = dict[str, Tensor]
 Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
 
 

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +69,13 @@ class StepTrainer(Trainer):
         return SequentialSampler(self.batches)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
-        self._began = time.perf_counter()  # of the step
         self._sums: dict[str, Any] = {"tokens": 0}
         self._losses: list[tuple[dict[str, list[int]], Tensor]] = []
         return [next(epoch_iterator) for _ in range(num_batches)], None  # the batches carry their counts
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        if not self._losses:
+            self._began = time.perf_counter()  # of the step; what callbacks did before it is not its own
         parts = self.loss(model, inputs)
         total = sum(parts.values())
         for name, value in (parts | {"tokens": inputs["attention_mask"].sum()}).items():
@@ -231,7 +232,13 @@ def where_to_start(resume: Path) -> Path | None:
 
 
 def train(
-    model: PreTrainedModel, loss: Loss, batches: Dataset[Any], settings: Settings, run: Path, publish: Publish | None = None
+    model: PreTrainedModel,
+    loss: Loss,
+    batches: Dataset[Any],
+    settings: Settings,
+    run: Path,
+    publish: Publish | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> None:
     """Train `model` in place on `batches` (see `StepTrainer`), going on from `run/resume` if an interrupted run left one.
 
@@ -239,6 +246,7 @@ def train(
 
     Args:
         publish: called on the main process with the model and the step, every `save_steps` steps and after the last.
+        callbacks: the Trainer's, beside its own.
 
     Raises:
         FloatingPointError: loss, gradient or weights are not finite.
@@ -259,7 +267,7 @@ def train(
             model=model,
             args=_arguments(settings, run),
             train_dataset=batches,
-            callbacks=[StepLog(run / "logs" / "train.jsonl"), StopAtStepEnd(soft)],
+            callbacks=[StepLog(run / "logs" / "train.jsonl"), *callbacks, StopAtStepEnd(soft)],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)

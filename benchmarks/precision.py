@@ -1,0 +1,92 @@
+"""How far bfloat16 is from float32: one model's G-effects with float32 weights, under autocast, and with bfloat16 weights.
+
+    python benchmarks/precision.py model_family=smollm2-135m model_path_cur=RUN/checkpoint-20 data_path=../shared/tofu_1000
+
+Takes what compute_geffect.py takes. Prints a table in markdown: the errors of totals, layers and instances, relative to the
+largest of their kind in float32 (the tapped pass); and the tapped pass beside the plain way, both in float32.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import compute_geffect
+import settings
+import utils
+from unlearn.checkpoints import load_weights
+from unlearn.meter import Meter, Wanted
+from unlearn.tables import Tables
+
+WAYS = {
+    "float32": ["dtype=float32"],
+    "bfloat16 autocast": ["dtype=bfloat16"],
+    "bfloat16 weights": ["dtype=bfloat16", "weights=bfloat16"],
+}
+
+
+def configured(words: list[str], way: str) -> tuple[DictConfig, utils.Family]:
+    words = [settings.quote(word) for word in words]
+    cfg = utils.compose_config("forget_ge", [*words, *WAYS[way], "save_dir=unused"])
+    return cfg, compute_geffect.prepare(cfg)
+
+
+def measured(words: list[str], way: str) -> tuple[Tables, Meter]:
+    cfg, family = configured(words, way)
+    meter = compute_geffect.build_meter(cfg, family)
+    load_weights(meter.model, cfg.model_path_cur)
+    began = time.time()
+    tables = meter.measure()
+    print(f"{way}: {time.time() - began:.0f} s", file=sys.stderr)
+    return tables, meter
+
+
+def plain_totals(meter: Meter) -> list[float]:
+    """By one gradient of the whole loss and a dot product for each tensor, in a pass of its own with the same V."""
+    meter.wanted = Wanted(instances=False)
+    with meter.trained(True):
+        return list(meter.plain()["steps"]["geffect"])
+
+
+def errors(found: Tables, exact: Tables) -> dict[str, list[float]]:
+    """For each risk, the largest errors of totals, layers and instances over the largest value, and how instances correlate."""
+    rows: dict[str, list[float]] = {}
+    for risk in ("unlearn", "retain"):
+        numbers = []
+        for name in ("steps", "layers", "instances"):
+            a, b = (_of(tables[name], name, risk) for tables in (found, exact))
+            numbers.append(float((a - b).abs().max() / b.abs().max()))
+        numbers.append(float(a.corr(b)))
+        rows[risk] = numbers
+    return rows
+
+
+def _of(table: pd.DataFrame, name: str, risk: str) -> pd.Series:
+    table = table[table["risk"] == risk]
+    return table.groupby("layer", sort=False)["geffect"].sum() if name == "layers" else table["geffect"].reset_index(drop=True)
+
+
+def main(words: list[str]) -> None:
+    exact, meter = measured(words, "float32")
+    tapped, plain = list(exact["steps"]["geffect"]), plain_totals(meter)
+    del meter
+    print("| e | tapped, float32 | plain, float32 | relative difference |\n|---|---|---|---|")
+    for name, t, p in zip("ur", tapped, plain, strict=True):
+        print(f"| e_{name} | {t:.8g} | {p:.8g} | {abs(t / p - 1):.1e} |")
+    print(
+        "\n| | risk | total | worst layer | worst instance | correlation over instances |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
+    for way in ("bfloat16 autocast", "bfloat16 weights"):
+        for risk, (total, layer, instance, correlation) in errors(measured(words, way)[0], exact).items():
+            print(f"| {way} | {risk} | {total:.2%} | {layer:.2%} | {instance:.2%} | {correlation:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

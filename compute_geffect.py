@@ -1,0 +1,272 @@
+"""The G-effects of an unlearning objective, at a run's original model and at its checkpoints: by layer, instance and token.
+
+    python compute_geffect.py model_path_cur=icml/tiny/npo_kl_0.0008_forget10_5_0.0_None
+    python compute_geffect.py model_family=phi split=forget05 method=npo model_path=ORIGINAL model_path_cur=CKPT save_dir=RUN
+
+Tables and figures go to <save_dir>/geffect; standard output has, for each step, both totals and those of five groups of
+layers. Every key stands in config/forget_ge.yaml and config/common.yaml. `basher2.py` is the short way.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+import settings
+import utils
+from forget import build_loss, original_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from unlearn.meter import Meter
+    from unlearn.tables import TableFolder
+
+# What is not given is as the checkpoint's run has it.
+INHERITED = (
+    *("model_family", "hf_key", "split", "data_path", "forget_data", "retain_data", "retain_holdout"),
+    *("seed", "max_length", "loss_on_answer_tag", "model_path", "gradient_checkpointing"),
+)
+# What may differ when a folder is added to.
+MAY_DIFFER = {"model_path_cur", "step", "tokens", "positions", "sweep", "batch_size", "processes", "gradient_checkpointing"}
+
+Sweep = dict[tuple[str, float | None], DictConfig]
+Steps = list[tuple[int, str]]
+
+
+# ---- what to measure, and where ----
+
+
+def run_of(path: str | None) -> Path | None:
+    """The folder of the unlearning run that a checkpoint is of, or the folder itself; None where it is of none."""
+    folders = [] if path is None else [Path(path), Path(path).parent]
+    for folder in folders:
+        if (folder / "config.yaml").exists() and "method" in yaml.safe_load((folder / "config.yaml").read_text())["settings"]:
+            return folder
+    return None
+
+
+def inherit(cfg: DictConfig, run: Path | None) -> None:
+    """Fill in what is not given: as the run has it, else as forget.yaml has it."""
+    saved = {} if run is None else yaml.safe_load((run / "config.yaml").read_text())["settings"]
+    default = utils.compose_config("forget")
+    with open_dict(cfg):
+        for key in INHERITED:
+            if OmegaConf.is_missing(cfg, key):
+                if key in saved:
+                    cfg[key] = saved[key]
+            elif cfg[key] is None:
+                cfg[key] = saved.get(key, default[key])
+        if "method" not in cfg and not saved:
+            raise ValueError(f"method is missing; there are {', '.join(settings.methods())}")
+        if "method" not in cfg:
+            cfg.method, cfg.retain = saved["method"], saved["retain"] if "retain" not in cfg else cfg.retain
+            cfg.hyper_param = saved["hyper_param"] if cfg.hyper_param is None else cfg.hyper_param
+        if "retain" not in cfg:
+            cfg.retain = default.retain
+
+
+def find_steps(cfg: DictConfig) -> tuple[Steps, str | None]:
+    """The steps to measure, and the checkpoint that comes after the last of them, if there is one.
+
+    Raises:
+        ValueError: model_path_cur is no checkpoint nor a run's folder, or its step is not known.
+    """
+    if cfg.model_path_cur is None:
+        return [(0, cfg.model_path)], None
+    here = Path(cfg.model_path_cur)
+    if inside := utils.run_checkpoints(here):
+        return [(0, cfg.model_path), *((step, str(path)) for step, path in inside)], None
+    step = utils.step_of(here) if cfg.step is None else cfg.step
+    if step is None:
+        raise ValueError(f"model_path_cur={here}: its folder is not called checkpoint-<step>; give step=N")
+    later = [str(path) for s, path in utils.run_checkpoints(here.parent) if s > step and utils.step_of(here) is not None]
+    return [(step, str(here))], later[0] if later else None
+
+
+def parse_sweep(cfg: DictConfig) -> Sweep:
+    """The objectives of `sweep=[METHOD:HYPER,...]` by method and hyper-parameter, each as its YAML has it.
+
+    Raises:
+        ValueError: an entry is no method, or what stands behind its colon no number.
+    """
+    found: Sweep = {}
+    for entry in cfg.sweep or []:
+        name, colon, number = str(entry).partition(":")
+        try:
+            hyper = float(number) if colon else None
+        except ValueError:
+            raise ValueError(f"sweep={entry}: {number!r} is no number; entries are METHOD or METHOD:HYPER") from None
+        overrides = [*settings.parse_method(name), *([] if hyper is None else [f"hyper_param={hyper:g}"])]
+        one = utils.compose_config("forget", [f"model_family={cfg.model_family}", f"seed={cfg.seed}", *overrides])
+        if "layer" in one.method:
+            settings.check_layer(cfg.model_path, one.method.layer)
+        found[name, hyper] = one
+    return found
+
+
+def prepare(cfg: DictConfig) -> utils.Family:
+    """Fill in what the run and the family decide, and refuse what cannot work before anything is loaded."""
+    if cfg.model_path_cur is not None:
+        cfg.model_path_cur = utils.find_path(cfg.model_path_cur)
+        if not utils.run_checkpoints(Path(cfg.model_path_cur)):
+            settings.check_checkpoint("model_path_cur", cfg.model_path_cur)
+    run = run_of(cfg.model_path_cur)
+    inherit(cfg, run)
+    family = settings.prepare(cfg, "forget_ge")
+    settings.check_forget_data(cfg)
+    cfg.model_path = original_of(cfg, family)
+    if "layer" in cfg.method:
+        settings.check_layer(cfg.model_path, cfg.method.layer)
+    if cfg.dtype == "float64" and cfg.weights != "float32":
+        raise ValueError(f"weights={cfg.weights}: dtype=float64 has its weights in float64")
+    if cfg.positions and not cfg.instances:
+        raise ValueError("positions=true: by position only with instances=true")
+    steps, _ = find_steps(cfg)
+    parse_sweep(cfg)
+    if cfg.save_dir is None and run is None:
+        raise ValueError(f"save_dir is missing: {cfg.model_path_cur or cfg.model_path} is of no run; give save_dir=FOLDER")
+    cfg.save_dir = str(run) if cfg.save_dir is None else cfg.save_dir
+    settings.check_folder(Path(cfg.save_dir))
+    if (folder := Path(cfg.save_dir, "geffect", "steps.csv")).exists() and not folder.with_name("config.yaml").exists():
+        raise ValueError(f"{folder.parent} was measured while unlearning (geffect.every); give save_dir=FOLDER")
+    utils.check_run(Path(cfg.save_dir, "geffect"), cfg, MAY_DIFFER)
+    return family
+
+
+# ---- the work ----
+
+
+def run(cfg: DictConfig) -> None:
+    family = prepare(cfg)
+    with utils.alone(Path(cfg.save_dir, "geffect")):
+        measure(cfg, family)
+
+
+def measure(cfg: DictConfig, family: utils.Family) -> None:
+    from unlearn.figures import draw
+    from unlearn.tables import TableFolder, predictions
+
+    folder = Path(cfg.save_dir, "geffect")
+    utils.device()  # starts the process group
+    utils.open_run(folder, cfg)
+    store = TableFolder(folder)
+    steps, following = find_steps(cfg)
+    names = ["layers", *(name for name in ("instances", "tokens", "positions") if cfg[name])]
+    todo = [step for step, _ in steps if not store.has(step, names, list(parse_sweep(cfg)))]
+    if todo:
+        measure_steps(cfg, family, store, steps, following, todo)
+    else:
+        for step, _ in steps:
+            print_groups(store, step)
+    rates = learning_rates(run_of(cfg.model_path_cur))
+    store.replace("prediction", predictions(store.tables["steps"], rates))
+    if utils.is_main_process():
+        draw(folder)
+    utils.say(f"{len(steps)} steps, {len(todo)} of them measured now; tables and figures are in {folder}")
+
+
+def measure_steps(
+    cfg: DictConfig, family: utils.Family, store: TableFolder, steps: Steps, following: str | None, todo: list[int]
+) -> None:
+    """Measure the steps that are to do, each with the update to the next, and print all."""
+    from unlearn.checkpoints import load_weights
+    from unlearn.geffect import with_update
+
+    meter = build_meter(cfg, family)
+    loaded = cfg.model_path
+    for (step, path), then in zip(steps, [*(path for _, path in steps[1:]), following], strict=True):
+        if step in todo:
+            utils.say(f"step {step}: {path}")
+            if loaded != path:
+                load_weights(meter.model, path)
+            tables, loaded = meter.measure(), path
+            if then is not None:
+                load_weights(meter.model, then)
+                tables, loaded = with_update(tables, meter), then
+            store.put(step, tables)
+        print_groups(store, step)
+
+
+def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
+    """The meter of the configuration's objective and of its sweep's, on the original model."""
+    import torch
+
+    import dataloader
+    from unlearn.checkpoints import load_model, load_tokenizer, pad_id
+    from unlearn.meter import RISKS, Meter, Target, Wanted
+    from unlearn.scores import token_nlls
+    from unlearn.training import enable_gradient_checkpointing
+
+    bf16 = cfg.dtype not in ("float64", "float32") and utils.use_bfloat16(cfg.dtype, family)
+    kind = torch.float64 if cfg.dtype == "float64" else getattr(torch, cfg.weights)
+    model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16, kind)
+    tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
+    tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
+    data = dataloader.unlearning_data(cfg)
+    risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
+    objectives = [cfg, *parse_sweep(cfg).values()]
+    rows = {"forget": risks["unlearn"], "idk": []}
+    if any(one.method.answers == "idk" for one in objectives):
+        rows["idk"] = tokenize(dataloader.idk_rows(data.forget, cfg.seed))
+    if any(one.method.reference for one in objectives):
+        collate = partial(dataloader.collate, pad=pad_id(tokenizer))
+        nlls = token_nlls(model, rows["forget"], collate, bf16, cfg.batch_size, what="reference")
+        rows["forget"] = [row | {"ref_nll": nll} for row, nll in zip(rows["forget"], nlls, strict=True)]
+    reference = copy.deepcopy(model) if any(one.retain.reference for one in objectives) else None
+    beside = tokenize(dataloader.beside_rows(data.retain, cfg.geffect.retain_rows, len(data.forget), cfg.seed))
+    targets = [
+        Target(build_loss(one, model, reference), rows[one.method.answers], beside if one.retain.term else ())
+        for one in objectives
+    ]
+    if cfg.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return Meter(
+        model=model,
+        target=targets[0],
+        risks=risks,
+        pad=pad_id(tokenizer),
+        wanted=Wanted(cfg.instances, cfg.norms, cfg.positions, cfg.tokens),
+        sweep=dict(zip(parse_sweep(cfg), targets[1:], strict=True)),
+        bf16=bf16,
+        batch_size=cfg.batch_size,
+        decode=lambda token: str(tokenizer.decode([token])),
+    )
+
+
+def learning_rates(run: Path | None) -> dict[int, float]:
+    """Each training step's, from the run's log."""
+    file = None if run is None else run / "logs" / "train.jsonl"
+    if file is None or not file.exists():
+        return {}
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return {line["step"]: line["learning_rate"] for line in lines}
+
+
+def print_groups(store: TableFolder, step: int) -> None:
+    """`ge u | TOTAL {group: value, ...}` and `ge r | ...`: the first, middle and last third of the layers, and around them."""
+    if utils.is_main_process():
+        table = store.tables["layers"]
+        for risk in ("unlearn", "retain"):
+            groups = by_group(table[(table["step"] == step) & (table["risk"] == risk)])
+            print(f"ge {risk[0]} | {sum(groups.values())} {groups}", flush=True)
+
+
+def by_group(layers: pd.DataFrame) -> dict[str, float]:
+    """A step's and a risk's rows of the table `layers` in five sums: embed, module1-3, lm (final norm and head)."""
+    depth = 1 + max((int(layer) for layer in layers["layer"] if layer.isdecimal()), default=0)
+    groups = dict.fromkeys(("embed", "module1", "module2", "module3", "lm"), 0.0)
+    for layer, value in zip(layers["layer"], layers["geffect"], strict=True):
+        name = f"module{1 + int(layer) * 3 // depth}" if layer.isdecimal() else "embed" if layer == "embed" else "lm"
+        groups[name] += float(value)
+    return groups
+
+
+if __name__ == "__main__":
+    settings.cli(run, "forget_ge")

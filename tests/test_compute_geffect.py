@@ -1,0 +1,305 @@
+"""compute_geffect.py, basher2.py, geffect.every and the library's calls, as a user types them, with the tiny model."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import ROOT, make_workplace, run_in
+from safetensors.torch import load_file
+
+RUN = "icml/tiny/npo_kl_0.0008_forget05_5_0.0_None"
+RISKS = ["unlearn", "retain"]
+
+
+@pytest.fixture(scope="module")
+def place(young: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workplace with a fine-tuned model and one run of npo_kl in its folder, measured by basher2."""
+    folder = make_workplace(tmp_path_factory.mktemp("geffect"))
+    (folder / "data/weight").mkdir(parents=True)
+    (folder / "data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0").symlink_to(young)
+    run_in(folder, "python basher1.py npo_kl --model=tiny --setting=forget05")
+    done = run_in(folder, "python basher2.py npo_kl --model=tiny --setting=forget05")
+    (folder / "log.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def everything(place: Path) -> Path:
+    """The folder of all tables of that run's last step."""
+    sweep = "ga,wga:1,npo_kl:0.5,rmu_2:3,idk,gd:2"
+    settings = f"model_path_cur={RUN}/checkpoint-6 save_dir=all tokens=true positions=true sweep=[{sweep}]"
+    run_in(place, f"python compute_geffect.py {settings}")
+    return place / "all/geffect"
+
+
+def table(folder: Path, name: str) -> pd.DataFrame:
+    file = folder / f"{name}.parquet"
+    return pd.read_parquet(file) if file.exists() else pd.read_csv(folder / f"{name}.csv", float_precision="round_trip")
+
+
+def totals(folder: Path) -> pd.Series:
+    return table(folder, "steps").set_index(["step", "risk"])["geffect"]
+
+
+# ---- basher2 ----
+
+
+def test_the_log_has_two_lines_a_checkpoint_and_nothing_else(place: Path) -> None:
+    lines = (place / "log.txt").read_text().splitlines()
+    assert len(lines) == 2 * 3  # step 0, 5 and 6
+    expected = totals(place / RUN / "geffect")
+    for number, line in enumerate(lines):
+        found = re.fullmatch(r"ge ([ur]) \| (\S+) (\{.*\})", line)
+        assert found is not None
+        groups = ast.literal_eval(found[3])
+        assert list(groups) == ["embed", "module1", "module2", "module3", "lm"]
+        assert sum(groups.values()) == pytest.approx(float(found[2]), rel=1e-12)
+        step, risk = [0, 5, 6][number // 2], RISKS[number % 2]
+        assert risk[0] == found[1]
+        assert float(found[2]) == pytest.approx(expected[step, risk], rel=1e-9)
+
+
+def test_the_groups_are_thirds_of_the_layers() -> None:
+    import compute_geffect
+
+    layers = pd.DataFrame({"layer": ["embed", *map(str, range(30)), "norm", "lm_head"], "geffect": 1.0})
+    assert compute_geffect.by_group(layers) == {"embed": 1, "module1": 10, "module2": 10, "module3": 10, "lm": 2}
+    layers = pd.DataFrame({"layer": ["embed", "embed", *map(str, range(4)), "lm_head"], "geffect": 1.0})
+    assert compute_geffect.by_group(layers) == {"embed": 2, "module1": 2, "module2": 1, "module3": 1, "lm": 1}
+
+
+@pytest.mark.parametrize("tables", ["all", RUN])
+def test_every_table_has_its_columns_and_adds_up(place: Path, everything: Path, tables: str) -> None:
+    folder = place / tables / "geffect"
+    columns = {
+        "steps": "step,risk,geffect,cosine,objective_norm,risk_norm,risk_value,update_effect",
+        "layers": "step,risk,layer,module,geffect",
+        "updates": "step,risk,layer,module,update_effect",
+        "instances": "step,risk,row,geffect",
+        "tokens": "step,risk,row,position,token_id,token,loss,geffect",
+        "positions": "step,risk,row,position,layer,geffect",
+        "prediction": "step,next_step,risk,minus_lr_geffect,update_effect,risk_change",
+    }
+    expected = totals(folder)
+    scale = expected.abs().groupby("step").max()
+    for name, header in columns.items():
+        if (name in ("updates", "prediction") and tables == "all") or (name in ("tokens", "positions") and tables == RUN):
+            continue
+        found = table(folder, name)
+        assert ",".join(found.columns) == header
+        if "geffect" in found and name != "steps":
+            off = (found.groupby(["step", "risk"])["geffect"].sum() - expected).abs() / scale
+            assert off.max() < (1e-3 if name == "tokens" else 1e-9), name  # float32: another pass
+    rows = table(folder, "instances")
+    assert set(rows["row"]) == {*map(str, range(20)), "retain"}
+    assert set(table(folder, "layers")["layer"]) == {"embed", *"0123", "norm", "lm_head"}
+
+
+def test_the_updates_add_up(place: Path) -> None:
+    folder = place / RUN / "geffect"
+    updates = table(folder, "updates").groupby(["step", "risk"])["update_effect"].sum()
+    steps = table(folder, "steps").set_index(["step", "risk"])["update_effect"]
+    assert steps.isna().to_dict() == {key: key[0] == 6 for key in steps.index}
+    assert (updates - steps.dropna()).abs().max() < 1e-9
+
+
+def test_the_prediction_is_what_was_measured(place: Path) -> None:
+    folder = place / RUN / "geffect"
+    risk = table(folder, "steps").set_index(["step", "risk"])["risk_value"]
+    rates = {line["step"]: line["learning_rate"] for line in map(json.loads, (place / RUN / "logs/train.jsonl").open())}
+    for line in table(folder, "prediction").itertuples():
+        assert line.risk_change == pytest.approx(risk[line.next_step, line.risk] - risk[line.step, line.risk])
+        eta = sum(rates[step] for step in range(line.step + 1, line.next_step + 1))
+        assert line.minus_lr_geffect == pytest.approx(-eta * totals(folder)[line.step, line.risk])
+    last = table(folder, "prediction").set_index(["step", "risk"]).loc[5]  # a single training step
+    assert (last["update_effect"] * last["risk_change"] > 0).all()
+
+
+def test_the_figures_are_there_and_drawn_again_from_the_tables(place: Path, everything: Path) -> None:
+    names = {
+        place / RUN / "geffect/figures": ["instances", "layers", "prediction", "steps", "updates"],
+        everything / "figures": ["instances", "layers", "steps", "sweep", "tokens"],
+    }
+    for figures, expected in names.items():
+        found = sorted(file.name for file in figures.iterdir())
+        assert found == sorted(f"{name}.{kind}" for name in expected for kind in ("pdf", "png"))
+    shutil.rmtree(everything / "figures")
+    run_in(ROOT, f"python -m unlearn.figures {everything.parent}")
+    assert sorted(file.name for file in (everything / "figures").iterdir()) == found
+
+
+def test_started_again_it_prints_the_same_and_measures_nothing(place: Path) -> None:
+    before = (place / RUN / "geffect/steps.csv").read_bytes()
+    done = run_in(place, "python basher2.py npo_kl --model=tiny --setting=forget05")
+    assert "0 of them measured now" in done.stderr
+    assert done.stdout == (place / "log.txt").read_text()
+    assert (place / RUN / "geffect/steps.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["unlearn.tables.write 6 after", "unlearn.meter.Meter.tapped 3 after"],  # step 5's tables half written; step 6
+)
+def test_killed_in_the_middle_it_goes_on_to_the_same_tables(place: Path, tmp_path: Path, moment: str) -> None:
+    settings = f"model_path_cur={place / RUN} save_dir={tmp_path}"
+    kill = shlex.quote("kill -KILL $PID")
+    killed = run_in(place, f"python {ROOT}/tests/at.py {moment} {kill} {ROOT}/compute_geffect.py {settings}", check=False)
+    assert killed.returncode == -9
+    assert 0 < len(killed.stdout.splitlines()) < 6
+    done = run_in(place, f"python compute_geffect.py {settings}")
+    assert done.stdout == (place / "log.txt").read_text()
+    assert re.search(r"3 steps, [12] of them measured now", done.stderr)
+    for name in ("steps", "layers", "instances", "updates", "prediction"):
+        assert (tmp_path / f"geffect/{name}.csv").read_bytes() == (place / RUN / f"geffect/{name}.csv").read_bytes(), name
+
+
+def test_no_such_run(place: Path) -> None:
+    done = run_in(place, "python basher2.py ga --model=tiny --setting=forget05 --hyper=3", check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "ga_0.0008_forget05_5_0.0_3: no such run; there are icml/tiny/npo_kl_0.0008_forget05_5_0.0_None" in done.stderr
+
+
+# ---- compute_geffect ----
+
+
+def test_one_checkpoint_as_the_run_has_it(place: Path, tmp_path: Path) -> None:
+    """The seed's command; what it does not say comes from the run. Its update goes to the next checkpoint."""
+    original = "data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0"
+    where = f"model_path={original} model_path_cur={RUN}/checkpoint-5 save_dir={tmp_path}"
+    said = "model_family=tiny split=forget05 method=npo retain=kl"
+    run_in(place, f"python compute_geffect.py {said} {where} batch_size=7")
+    found, expected = (table(folder, "steps") for folder in (tmp_path / "geffect", place / RUN / "geffect"))
+    expected = expected[expected["step"] == 5].reset_index(drop=True)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
+    record = yaml.safe_load((tmp_path / "geffect/config.yaml").read_text())
+    assert set(record) == {"settings", "hash", "versions"}
+    assert record["settings"]["method"]["name"] == "npo"
+
+
+@pytest.mark.parametrize("way", ["instances=false", "dtype=float64", "dtype=bfloat16 weights=bfloat16 norms=false"])
+def test_other_ways_have_the_same_totals(place: Path, tmp_path: Path, way: str) -> None:
+    run_in(place, f"python compute_geffect.py model_path_cur={RUN}/checkpoint-6 save_dir={tmp_path} {way}")
+    found, expected = (totals(folder / "geffect")[6] for folder in (tmp_path, place / RUN))
+    assert ((found - expected).abs() / expected.abs().max()).max() < (0.1 if "bfloat16" in way else 1e-4)
+    assert (tmp_path / "geffect/instances.csv").exists() == (way != "instances=false")
+    assert table(tmp_path / "geffect", "steps")["cosine"].isna().all() == ("norms=false" in way)
+
+
+def test_a_sweep_has_what_is_measured_alone(place: Path, everything: Path) -> None:
+    """The run's own objective, and that of a method with a layer of its own."""
+    swept = table(everything, "sweep").set_index(["method", "risk"])["geffect"]
+    assert swept.index.get_level_values(0).unique().tolist() == ["ga", "wga", "npo_kl", "rmu_2", "idk", "gd"]
+    run_in(
+        place,
+        f"python compute_geffect.py model_path_cur={RUN}/checkpoint-6 save_dir=rmu method=rmu method.layer=2 hyper_param=3",
+    )
+    for method, folder in {"npo_kl": RUN, "rmu_2": "rmu"}.items():
+        expected = totals(place / folder / "geffect")[6]
+        assert ((swept[method] - expected).abs() / expected.abs().max()).max() < 1e-3, method
+
+
+def test_two_processes_measure_the_same(place: Path, tmp_path: Path, everything: Path) -> None:
+    settings = f"model_path_cur={RUN}/checkpoint-6 save_dir={tmp_path} tokens=true positions=true"
+    run_in(place, f"torchrun --nproc_per_node=2 --master_port=18774 compute_geffect.py {settings}")
+    for name in ("steps", "layers", "instances", "positions", "tokens"):
+        one, two = table(everything, name), table(tmp_path / "geffect", name)
+        last = one.columns[-1] if name != "steps" else "geffect"
+        assert one.select_dtypes(exclude="float").equals(two.select_dtypes(exclude="float"))
+        assert ((one[last] - two[last]).abs().max()) < 1e-5 * one[last].abs().max(), name
+
+
+def test_what_a_user_gets_wrong(place: Path, tmp_path: Path) -> None:
+    cases = {
+        "model_path_cur=icml": ["icml", "without a checkpoint"],
+        "model_family=tiny method=ga model_path_cur=data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0": ["step=N"],
+        "model_family=tiny": ["method is missing", "ga, gd, idk"],
+        "model_family=tiny method=ga": ["save_dir"],
+        f"model_path_cur={RUN} sweep=[ga,foo:1]": ["foo", "ga, gd, idk"],
+        f"model_path_cur={RUN} sweep=[wga:x]": ["wga:x", "METHOD:HYPER"],
+        f"model_path_cur={RUN} method=ga": ["other settings", "method.name=npo there, ga here"],
+        f"model_path_cur={RUN} dtype=float16": ["float16", "float64"],
+        f"model_path_cur={RUN} tokens=3": ["tokens=3", "true or false"],
+        f"model_path_cur={RUN} dtype=float64 weights=bfloat16 save_dir={tmp_path}": ["weights=bfloat16"],
+        f"model_path_cur={RUN} instances=false positions=true save_dir={tmp_path}": ["positions=true"],
+        f"model_path_cur={RUN} lr=1": ["unknown key 'lr'", "model_path_cur"],
+    }
+    for settings, words in cases.items():
+        done = run_in(place, f"python compute_geffect.py {settings}", check=False)
+        assert done.returncode == 2, settings
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert all(word in done.stderr for word in words), done.stderr
+        assert done.stdout == ""
+
+
+# ---- while unlearning ----
+
+
+def test_measured_while_unlearning(place: Path, tmp_path: Path) -> None:
+    """The totals of the saved checkpoints, and a training that is the same bit for bit."""
+    settings = f"npo_kl --model=tiny --setting=forget05 geffect.every=5 save_dir={tmp_path}/run"
+    run_in(place, f"python basher1.py {settings}")
+    for name in ("checkpoint-5", "checkpoint-6"):
+        one, other = (load_file(folder / name / "model.safetensors") for folder in (place / RUN, tmp_path / "run"))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    expected, found = totals(place / RUN / "geffect"), totals(tmp_path / "run/geffect")
+    assert found.index.equals(expected.index)
+    assert (found / expected - 1).abs().max() < 1e-5
+    prediction = table(tmp_path / "run/geffect", "prediction")
+    assert [tuple(pair) for pair in prediction[["step", "next_step"]].drop_duplicates().to_numpy()] == [(0, 1), (5, 6)]
+    again = run_in(place, f"python compute_geffect.py model_path_cur={tmp_path}/run", check=False)
+    assert again.returncode == 2
+    assert "measured while unlearning" in again.stderr
+
+
+def test_killed_while_measuring_the_run_goes_on(place: Path, tmp_path: Path) -> None:
+    settings = "method=npo model_family=tiny split=forget05 geffect.every=2 save_steps=2 num_epochs=4"
+    run_in(place, f"python forget.py {settings} save_dir={tmp_path}/whole")
+    moment = f"unlearn.meter.Meter.measure 3 after {shlex.quote('kill -KILL $PID')}"
+    command = f"{ROOT}/forget.py {settings} save_dir={tmp_path}/run"
+    assert run_in(place, f"python {ROOT}/tests/at.py {moment} {command}", check=False).returncode == -9
+    run_in(place, f"python {command}")
+    for name in ("steps", "layers", "instances", "updates", "prediction"):
+        whole, run = (tmp_path / folder / f"geffect/{name}.csv" for folder in ("whole", "run"))
+        assert whole.read_bytes() == run.read_bytes(), name
+
+
+def test_measured_in_two_training_processes(place: Path, tmp_path: Path) -> None:
+    """DistributedDataParallel does not take the measured gradients for its own, and both processes' rows are in."""
+    settings = "method=npo retain=kl model_family=tiny split=forget05 geffect.every=2 num_epochs=4"
+    for every in (0, 2):
+        run_in(
+            place,
+            "torchrun --nproc_per_node=2 --master_port=18775 forget.py"
+            f" {settings.replace('every=2', f'every={every}')} save_dir={tmp_path}/{every} batch_size=2",
+        )
+    one, other = (load_file(tmp_path / f"{every}/checkpoint-5/model.safetensors") for every in (0, 2))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert totals(tmp_path / "2/geffect")[0].to_numpy() == pytest.approx(
+        totals(place / RUN / "geffect")[0].to_numpy(), rel=1e-4
+    )
+
+
+# ---- the library ----
+
+
+def test_the_readmes_examples_run_in_an_empty_folder(young: Path, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text().partition("## The library")[2].partition("\n## ")[0]
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2
+    for number, example in enumerate(examples):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "model").symlink_to(young)
+        (folder / "example.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{example}")
+        done = run_in(folder, "python example.py")
+        assert "unlearn" in done.stdout

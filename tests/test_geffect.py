@@ -1,0 +1,873 @@
+"""The G-effect engine against the slow, obvious way: a backward pass for each instance and token, a dot for each tensor.
+
+Layer types: Linear (Llama, Phi, GPT-NeoX, Qwen2; with biases too), Conv1D (GPT-2), embeddings of tokens and positions, tied
+and untied heads, LayerNorm, RMSNorm (w and 1 + w), LoRA on linear layers and embeddings; beyond the families, experts,
+convolutions, state spaces and parameters that a module uses outside its children. Convention: an instance's share is that of
+its row's term in the loss with the whole set's counts; a token's share is what its own outputs contribute.
+
+All in float64 on tiny random models, the reference a little off; to 1e-9 of the largest entry unless said.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, run_in
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from unlearn.loss import Loss
+from unlearn.meter import RISKS, Meter, Target, Wanted
+from unlearn.objectives import Objective, ga, kl, mean_nll, npo, rmu, tnpo, wga, wtnpo
+from unlearn.risks import add_gradient, set_batches, zeros
+from unlearn.rows import Row, collate
+from unlearn.tables import Tables
+from unlearn.tokens import IGNORE
+from utils import device
+
+PAD, EOS, VOCABULARY, WIDTH = 0, 2, 37, 16
+NOISE = torch.rand(WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+ALL = Wanted(positions=True, tokens=True)
+SPECIAL = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS, "vocab_size": VOCABULARY}
+SMALL = {**SPECIAL, "hidden_size": WIDTH, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 4}
+GPT = {**SPECIAL, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 32}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": GROUPED | {"tie_word_embeddings": False},
+    "llama, tied": GROUPED | {"tie_word_embeddings": True},
+    "phi": SMALL,
+    "gpt_neox": SMALL,
+    "qwen2": GROUPED | {"tie_word_embeddings": True},
+    "gpt2": GPT,
+    "gemma": GROUPED,
+}
+
+
+def lifted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A cast or softmax that leaves float64 tensors in float64."""
+
+    @wraps(function)
+    def keep(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, Tensor) and x.dtype == torch.float64:
+            if function.__name__ == "float":
+                return x
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        return function(x, *args, **kwargs)
+
+    return keep
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64_throughout() -> Iterator[None]:
+    """transformers' norms, softmax and routers drop to float32 inside a float64 model: here they don't, in any model."""
+    device()
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((Tensor, "float"), (Tensor, "to"), (F, "softmax"), (torch, "softmax")):
+            patch.setattr(owner, name, lifted(getattr(owner, name)))
+        yield
+
+
+# ---- models, rows and losses ----
+
+
+def build(kind: str, attention: str = "sdpa", **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind.split(",")[0], **CONFIGS.get(kind, {}) | changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    return model.double().eval()
+
+
+def shake(model: nn.Module, by: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(by * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
+
+
+def pair(kind: str, attention: str = "sdpa") -> tuple[Any, Any]:
+    """A model and its reference."""
+    model = build(kind, attention)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    shake(model)
+    return model, reference
+
+
+shared_pair = functools.cache(pair)  # for tests that leave the weights as they are
+
+
+def random_rows(n: int, seed: int) -> list[Row]:
+    """Of different lengths, the answer somewhere in the second half; with the padding's and end-of-sequence ids inside."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    rows = []
+    for _ in range(n):
+        length = integer(5, 11)
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
+        ids[integer(1, length)], ids[-1] = PAD, EOS
+        labels = ids.clone()
+        labels[: integer(length // 2, length - 1)] = IGNORE
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+FORGET, RETAIN, BESIDE = random_rows(5, 1), random_rows(4, 2), random_rows(3, 3)
+RISK_ROWS = dict(zip(RISKS, (FORGET, RETAIN), strict=True))
+OBJECTIVES: dict[str, Loss] = {
+    "ga": Loss(ga),
+    "wga": Loss(partial(wga, alpha=0.7)),
+    "npo": Loss(partial(npo, beta=0.5)),
+    "tnpo": Loss(partial(tnpo, beta=2)),
+    "wtnpo": Loss(partial(wtnpo, beta=2, alpha=0.5)),
+    "rmu_1": Loss(partial(rmu, c=2), layer=1, noise=NOISE),
+    "rmu_2": Loss(partial(rmu, c=2), layer=2, noise=NOISE),
+    "idk": Loss(mean_nll),
+}
+TERMS: dict[str, Objective | None] = {"none": None, "gd": mean_nll, "kl": kl}
+
+
+def with_reference(rows: Sequence[Row], reference: nn.Module) -> list[Row]:
+    with torch.no_grad():
+        return [row | {"ref_nll": SlowRow(reference, row).nll} for row in rows]
+
+
+def target_of(name: str, reference: nn.Module, term: str = "none", weight: float = 0.3) -> Target:
+    objective, retain = OBJECTIVES[name], TERMS[term]
+    loss = Loss(objective.objective, retain, weight, objective.layer, objective.noise, reference if term == "kl" else None)
+    return Target(loss, with_reference(FORGET, reference), BESIDE if retain else [])
+
+
+def meter_of(model: Any, target: Target, wanted: Wanted = ALL, batch_size: int = 2, **more: Any) -> Meter:
+    risks = more.pop("risks", RISK_ROWS)
+    return Meter(model, target, risks, PAD, wanted, batch_size=batch_size, **more)
+
+
+# ---- the slow way ----
+
+
+class SlowRow:
+    """A row alone, without padding, through the model's own forward: the label tokens' numbers."""
+
+    def __init__(self, model: nn.Module, row: Row) -> None:
+        out = model(input_ids=row["input_ids"][None], output_hidden_states=True, use_cache=False)
+        self.at = [t for t in range(1, len(row["labels"])) if row["labels"][t] != IGNORE]  # of the label tokens
+        self.log_p = torch.stack([torch.log_softmax(out.logits[0, t - 1], -1) for t in self.at])
+        self.nll = torch.stack([-p[row["input_ids"][t]] for p, t in zip(self.log_p, self.at, strict=True)])
+        self.hidden = [torch.stack([h[0, t - 1] for t in self.at]) for h in out.hidden_states]
+
+
+def count_tokens(rows: Sequence[Row]) -> int:
+    return sum(int((row["labels"][1:] != IGNORE).sum()) for row in rows)
+
+
+def slow_terms(name: str, row: SlowRow, ref_nll: Tensor) -> list[Tensor]:
+    """For each label token a scalar whose gradient is its share of the objective's, from the table of objectives."""
+    m, n, terms = count_tokens(FORGET), len(FORGET), []
+    margin = (row.nll - ref_nll).sum().item()
+    for i, (loss, ref) in enumerate(zip(row.nll, ref_nll.tolist(), strict=True)):
+        p, o = math.exp(-loss.item()), math.exp(-ref)
+        weight = {
+            "ga": -1 / m,
+            "wga": -(p**0.7) / m,
+            "npo": -2 / n / (1 + math.exp(0.5 * margin)),
+            "tnpo": -2 * p**2 / (p**2 + o**2) / m,
+            "wtnpo": -2 * p**2.5 / (p**2 + o**2) / m,
+            "idk": 1 / m,
+        }
+        if name.startswith("rmu"):
+            terms.append((row.hidden[int(name[-1])][i] - 2 * NOISE).square().mean() / m)
+        else:
+            terms.append(weight[name] * loss)
+    return terms
+
+
+def slow_retain(term: str, model: nn.Module, reference: nn.Module, row: Row) -> Tensor:
+    here = SlowRow(model, row)
+    if term == "gd":
+        return here.nll.sum() / count_tokens(BESIDE)
+    with torch.no_grad():
+        there = SlowRow(reference, row)
+    return (there.log_p.exp() * (there.log_p - here.log_p)).sum() / count_tokens(BESIDE)
+
+
+Gradient = dict[str, Tensor]
+
+
+def gradient(value: Tensor, parameters: Mapping[str, Tensor]) -> Gradient:
+    grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, retain_graph=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), grads, strict=True)}
+
+
+def add(gradients: Sequence[Gradient]) -> Gradient:
+    return {name: torch.stack([g[name] for g in gradients]).sum(0) for name in gradients[0]}
+
+
+def slow_risk(model: nn.Module, parameters: Mapping[str, Tensor], rows: Sequence[Row]) -> Gradient:
+    return add([gradient(SlowRow(model, row).nll.sum() / count_tokens(rows), parameters) for row in rows])
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A model whose uses of tied weights are apart, its parameters, and V for each risk (a tied weight's V in both uses)."""
+
+    model: Any
+    parameters: dict[str, Tensor]
+    v: list[Gradient]
+
+    def effects(self, g: Gradient) -> dict[tuple[str, str], float]:
+        """By risk and module."""
+        found: dict[tuple[str, str], float] = {}
+        for name, x in g.items():
+            for risk, v in zip(RISKS, self.v, strict=True):
+                key = risk, name.rpartition(".")[0]
+                found[key] = found.get(key, 0.0) + (x * v[name]).sum().item()
+        return found
+
+
+def slow_of(model: Any) -> Slow:
+    twin = model
+    if model.config.tie_word_embeddings:
+        config = copy.deepcopy(model.config)
+        config.tie_word_embeddings = False
+        twin = AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation).double().eval()
+        twin.load_state_dict(model.state_dict())
+    parameters = dict(twin.named_parameters())
+    v = [slow_risk(twin, parameters, rows) for rows in RISK_ROWS.values()]
+    if twin is not model:
+        names = {id(p): name for name, p in parameters.items()}
+        uses = [names[id(x.weight)] for x in (twin.get_input_embeddings(), twin.get_output_embeddings())]
+        v = [g | dict.fromkeys(uses, g[uses[0]] + g[uses[1]]) for g in v]
+    return Slow(twin, parameters, v)
+
+
+slow_shared = functools.cache(lambda kind: slow_of(shared_pair(kind)[0]))
+
+
+def assert_close(got: Any, want: Any, rel: float = 1e-9) -> None:
+    """To `rel` of the largest entry."""
+    got, want = (torch.tensor(list(x), dtype=torch.float64) for x in (got, want))
+    assert got.shape == want.shape
+    assert want.abs().max() > 0
+    assert ((got - want).abs().max() / want.abs().max()).item() <= rel
+
+
+def totals(table: pd.DataFrame) -> list[float]:
+    return [float(table[table["risk"] == risk]["geffect"].sum()) for risk in RISKS]
+
+
+def assert_same_tables(got: Tables, want: Tables, rel: float = 1e-9, but: Sequence[str] = ()) -> None:
+    assert set(got) == set(want)
+    for name, table in want.items():
+        assert list(got[name].columns) == list(table.columns)
+        for column in table.columns.difference(but):
+            a, b = got[name][column], table[column]
+            if pd.api.types.is_float_dtype(b.dtype) and b.notna().any():
+                assert (a.isna() == b.isna()).all()
+                assert_close(a.dropna(), b.dropna(), rel)
+            else:
+                assert a.equals(b), (name, column)
+
+
+def layer_of(module: str) -> str:
+    """What the table should call the layer of a module of these families."""
+    index = [part for part in module.split(".") if part.isdigit()]
+    if index:
+        return index[0]
+    if module.endswith(("embed_tokens", "embed_in", "wte", "wpe")):
+        return "embed"
+    return "lm_head" if module in ("lm_head", "embed_out") else "norm"
+
+
+# ---- against the slow way ----
+
+
+@functools.cache
+def slow_tokens(kind: str, name: str) -> list[tuple[int, int, int, float, dict[tuple[str, str], float]]]:
+    """Row, position, token, loss, and effects by risk and module of each label token, by a backward pass for each."""
+    slow, found = slow_shared(kind), []
+    for i, row in enumerate(with_reference(FORGET, shared_pair(kind)[1])):
+        here = SlowRow(slow.model, row)
+        terms = slow_terms(name, here, row["ref_nll"])
+        for t, loss, share in zip(here.at, here.nll.tolist(), terms, strict=True):
+            effects = slow.effects(gradient(share, slow.parameters))
+            found.append((i, t, int(row["input_ids"][t]), loss, effects))
+    return found
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_table_is_the_slow_way(kind: str, name: str, term: str) -> None:
+    """Totals, layers, instances, positions and tokens, of every objective with every retain term on every architecture."""
+    model, reference = shared_pair(kind)
+    slow = slow_shared(kind)
+    target = target_of(name, reference, term)
+    tables = meter_of(model, target).measure()
+
+    tokens = slow_tokens(kind, name)
+    kept = [slow.effects(gradient(slow_retain(term, slow.model, reference, row), slow.parameters)) for row in target.retain]
+    keys = list(tokens[0][-1])
+    rest = {key: 0.3 * sum(effects[key] for effects in kept) for key in keys}
+    by_row = [{key: sum(e[key] for i, *_, e in tokens if i == n) for key in keys} for n in range(len(FORGET))]
+    whole = {key: sum(row[key] for row in by_row) + rest[key] for key in keys}
+
+    def over(effects: dict[tuple[str, str], float], risk: str, layer: str | None = None) -> float:
+        return sum(e for (r, module), e in effects.items() if r == risk and layer in (None, layer_of(module)))
+
+    assert_close(tables["steps"]["geffect"], [over(whole, risk) for risk in RISKS])
+
+    layers = tables["layers"]
+    assert {*zip(layers["risk"], layers["module"], strict=True)} == set(keys)
+    assert len(layers) == len(keys)
+    assert list(layers["layer"]) == [layer_of(module) for module in layers["module"]]
+    assert_close(layers["geffect"], [whole[key] for key in zip(layers["risk"], layers["module"], strict=True)])
+
+    instances = tables["instances"]
+    assert list(instances["row"]) == 2 * [*range(len(FORGET)), *(["retain"] if target.retain else [])]
+    retain = [rest] if target.retain else []
+    assert_close(instances["geffect"], [over(row, risk) for risk in RISKS for row in [*by_row, *retain]])
+
+    found = tables["tokens"]
+    for risk in RISKS:
+        table = found[found["risk"] == risk]
+        if target.retain:
+            assert table.iloc[-1][["row", "position", "token_id"]].isna().all()
+            assert_close([table.iloc[-1]["geffect"]], [over(rest, risk)])
+            table = table.iloc[:-1].astype({"row": int, "position": int, "token_id": int})
+        assert [*zip(table["row"], table["position"], table["token_id"], strict=True)] == [x[:3] for x in tokens]
+        assert_close(table["loss"], [x[3] for x in tokens])
+        assert_close(table["geffect"], [over(x[-1], risk) for x in tokens])
+
+    positions = tables["positions"]
+    for risk in RISKS:
+        table = positions[positions["risk"] == risk]
+        sums = table[table["row"].notna()].groupby(["row", "layer"])["geffect"].sum()
+        assert_close(sums, [over(by_row[n], risk, layer) for n, layer in sums.index])
+        if target.retain:
+            of_rest = table[table["row"].isna()]
+            assert_close(of_rest["geffect"], [over(rest, risk, layer) for layer in of_rest["layer"]])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2"])
+def test_eager_attention(kind: str) -> None:
+    model, reference = pair(kind, "eager")
+    want = meter_of(shared_pair(kind)[0], target_of("npo", reference, "kl")).measure()
+    assert_same_tables(meter_of(model, target_of("npo", reference, "kl")).measure(), want)
+
+
+@pytest.mark.parametrize("kind", ["phi", "llama, tied"])
+def test_a_position_is_where_the_activation_sits(kind: str) -> None:
+    """The embeddings' share at a position is the loss's gradient at their output there times V of the token there.
+
+    But where that is the embedding's `padding_idx`, autograd gives no gradient: none of that, though a tied V is not 0 there.
+    """
+    model, reference = shared_pair(kind)
+    positions = meter_of(model, target_of("wga", reference)).measure()["positions"]
+    embed = model.get_input_embeddings()
+    for risk, v in zip(RISKS, slow_shared(kind).v, strict=True):
+        (of_tokens,) = (v[name] for name in v if name.endswith("embed_tokens.weight"))
+        for i, row in enumerate(with_reference(FORGET, reference)):
+            kept: list[Tensor] = []
+            handle = embed.register_forward_hook(lambda *args, kept=kept: kept.append(args[-1]))
+            value = torch.stack(slow_terms("wga", SlowRow(model, row), row["ref_nll"])).sum()
+            handle.remove()
+            (b,) = torch.autograd.grad(value, kept)
+            ids = row["input_ids"].tolist()
+            assert embed.padding_idx in ids
+            want = [(b[0, t] @ of_tokens[i]).item() if i != embed.padding_idx else 0.0 for t, i in enumerate(ids)]
+            here = positions[(positions["risk"] == risk) & (positions["row"] == i) & (positions["layer"] == "embed")]
+            assert list(here["position"]) == list(range(len(want)))
+            assert_close(here["geffect"], want)
+
+
+# ---- identities ----
+
+
+@pytest.mark.parametrize("kind", ["llama, tied", "gpt2"])
+@pytest.mark.parametrize("term", ["none", "kl"])
+def test_parts_add_up_to_the_whole(kind: str, term: str) -> None:
+    model, reference = shared_pair(kind)
+    tables = meter_of(model, target_of("npo", reference, term)).measure()
+    for name in ("layers", "instances", "tokens", "positions"):
+        assert_close(totals(tables[name]), tables["steps"]["geffect"])
+    by_layer = [table.groupby(["risk", "layer"])["geffect"].sum() for table in (tables["positions"], tables["layers"])]
+    assert by_layer[0].index.equals(by_layer[1].index)
+    assert_close(*by_layer)
+
+
+def slow_objective(name: str, model: nn.Module, reference: nn.Module) -> Tensor:
+    rows = with_reference(FORGET, reference)
+    return torch.stack([torch.stack(slow_terms(name, SlowRow(model, row), row["ref_nll"])).sum() for row in rows]).sum()
+
+
+@pytest.mark.parametrize("name", ["wga", "npo", "rmu_1"])
+def test_a_step_along_the_gradient_changes_the_risks_by_e(name: str) -> None:
+    """(R(theta - h grad L) - R(theta + h grad L)) / 2h = -e, to 1e-6."""
+    model, reference = pair("llama")
+    steps = meter_of(model, target_of(name, reference), Wanted()).measure()["steps"]
+    parameters = dict(model.named_parameters())
+    g = gradient(slow_objective(name, model, reference), parameters)
+    h = 3e-4 / torch.stack([x.norm() for x in g.values()]).norm().item()
+    at: dict[int, list[float]] = {}
+    meter = meter_of(model, target_of(name, reference), Wanted())
+    with torch.no_grad():
+        for sign in (-1, 1):
+            for key, p in parameters.items():
+                p.add_(g[key], alpha=sign * h)
+            at[sign] = meter.risk_values()
+            for key, p in parameters.items():
+                p.sub_(g[key], alpha=sign * h)
+    slopes = [(minus - plus) / (2 * h) for minus, plus in zip(at[-1], at[1], strict=True)]
+    assert slopes == pytest.approx([-e for e in steps["geffect"]], rel=1e-6)
+
+
+def test_e_of_a_sum_is_the_sum() -> None:
+    """Of two objectives, and of an objective and a retain term times its weight."""
+    model, reference = shared_pair("phi")
+    first, second = (OBJECTIVES[name].objective for name in ("npo", "wga"))
+
+    def measure(objective: Objective, term: str = "none", weight: float = 1.0) -> Tables:
+        loss = Loss(objective, TERMS[term], weight, reference=reference if term == "kl" else None)
+        target = Target(loss, with_reference(FORGET, reference), BESIDE if term != "none" else [])
+        return meter_of(model, target).measure()
+
+    def both(tokens: Any, counts: Any) -> Tensor:
+        return 2 * first(tokens, counts) + second(tokens, counts)
+
+    of_both, of_first, of_second = measure(both), measure(first), measure(second)
+    for name in ("steps", "layers", "instances", "tokens", "positions"):
+        assert_close(of_both[name]["geffect"], 2 * of_first[name]["geffect"] + of_second[name]["geffect"])
+    for term in ("gd", "kl"):
+        once, thrice = measure(first, term), measure(first, term, 3.0)
+        for name in ("steps", "layers"):
+            alone = of_first[name]["geffect"]
+            assert_close(thrice[name]["geffect"] - alone, 3 * (once[name]["geffect"] - alone))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_a_sweep_is_each_measured_alone(kind: str) -> None:
+    """Of targets on the same rows and others, with layers, retain terms and references, in one measurement."""
+    model, reference = shared_pair(kind)
+    rows, other = with_reference(FORGET, reference), with_reference(random_rows(3, 9), reference)
+    targets: dict[tuple[str, float | None], Target] = {("other", None): Target(Loss(mean_nll), other)}
+    for i, (name, loss) in enumerate(OBJECTIVES.items()):
+        term = list(TERMS)[i % 3]
+        whole = Loss(loss.objective, TERMS[term], 0.5, loss.layer, loss.noise, reference if term == "kl" else None)
+        targets[name, float(i)] = Target(whole, rows, BESIDE if term != "none" else [])
+    sweep = meter_of(model, targets["other", None], Wanted(instances=False), sweep=targets).measure()["sweep"]
+    assert len(sweep) == 2 * len(targets)
+    for (method, number), target in targets.items():
+        here = sweep[
+            (sweep["method"] == method) & (sweep["hyper_param"].isna() if number is None else sweep["hyper_param"] == number)
+        ]
+        alone = meter_of(model, target, Wanted(instances=False)).measure()["steps"]
+        assert list(here["risk"]) == list(RISKS)
+        assert_close(here["geffect"], alone["geffect"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_update_effect_of_a_plain_step(kind: str) -> None:
+    """theta' = theta - eta grad L: -eta e, in total and for each module."""
+    model, reference = pair(kind)
+    meter = meter_of(model, target_of("npo", reference), Wanted(instances=False))
+    tables = meter.measure()
+    g = gradient(slow_objective("npo", model, reference), dict(model.named_parameters()))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.sub_(g[name], alpha=1e-3)
+    update = meter.update_effect()
+    assert list(update["updates"]["module"]) == list(tables["layers"]["module"])
+    assert_close(update["totals"]["update_effect"], -1e-3 * tables["steps"]["geffect"])
+    assert_close(update["updates"]["update_effect"], -1e-3 * tables["layers"]["geffect"])
+
+
+def test_measuring_again_after_the_weights_changed() -> None:
+    """The same meter, as in training, gives what a new one does."""
+    model, reference = pair("gemma")
+    meter = meter_of(model, target_of("wga", reference, "gd"))
+    meter.measure()
+    shake(model, 0.02)
+    assert_same_tables(meter.measure(), meter_of(model, target_of("wga", reference, "gd")).measure(), 1e-12)
+
+
+# ---- ways to the same numbers ----
+
+
+@pytest.mark.parametrize("kind", ["llama, tied", "gemma"])
+def test_with_and_without_norms_and_instances(kind: str) -> None:
+    model, reference = shared_pair(kind)
+    target = target_of("npo", reference, "kl")
+    full = meter_of(model, target).measure()
+    lean = meter_of(model, target, Wanted(norms=False, positions=True, tokens=True)).measure()
+    norms = ("objective_norm", "cosine")
+    assert lean["steps"][list(norms)].isna().all(axis=None)
+    assert_same_tables(lean, full, 1e-12, but=norms)
+    plain = meter_of(model, target, Wanted(instances=False)).measure()
+    assert_close(plain["steps"]["geffect"], full["steps"]["geffect"])
+    by_layer = [tables["layers"].groupby(["risk", "layer"])["geffect"].sum() for tables in (plain, full)]
+    if kind == "gemma" or kind.endswith("tied"):  # one weight, counted at its first use
+        moved = [x.drop(index=[i for i in x.index if i[1] in ("embed", "lm_head")]) for x in by_layer]
+        assert_close(*moved)
+    for column in (*norms, "risk_norm"):
+        assert_close(plain["steps"][column], full["steps"][column])
+
+
+def test_norms_and_cosines() -> None:
+    model, reference = shared_pair("phi")
+    steps = meter_of(model, target_of("tnpo", reference)).measure()["steps"]
+    g = gradient(slow_objective("tnpo", model, reference), dict(model.named_parameters()))
+    flat, *v = (torch.cat([x[name].flatten() for name in g]) for x in (g, *slow_shared("phi").v))
+    assert_close(steps["objective_norm"], 2 * [flat.norm().item()])
+    assert_close(steps["risk_norm"], [x.norm().item() for x in v])
+    assert_close(steps["cosine"], [F.cosine_similarity(flat, x, dim=0).item() for x in v])
+    risks = [sum(SlowRow(model, row).nll.sum().item() for row in rows) / count_tokens(rows) for rows in RISK_ROWS.values()]
+    assert_close(steps["risk_value"], risks)
+
+
+def count_calls(model: nn.Module, measure: Callable[[], Any]) -> int:
+    """How often the first block's first module with weights runs."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    block = next(m for m in model.modules() if isinstance(m, nn.ModuleList))[0]
+    module = next(m for m in block.modules() if list(m.parameters(recurse=False)))
+    handle = module.register_forward_hook(count)
+    measure()
+    handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+def test_gradient_checkpointing(kind: str, norms: bool) -> None:
+    """The same numbers, and the blocks' forward really runs again: under all of the risks' batches and the loss's."""
+    model, reference = pair(kind)
+    wanted = Wanted(positions=True, norms=norms)
+    meter = meter_of(model, target_of("wga", reference, "gd"), wanted)
+    want = meter.measure()
+    usual = count_calls(model, meter.measure)
+    model.gradient_checkpointing_enable()
+    meter = meter_of(model, target_of("wga", reference, "gd"), wanted)
+    assert_same_tables(meter.measure(), want, 1e-12)
+    assert count_calls(model, meter.measure) == usual + 3 + 2 + (3 + 2)
+    assert not model.training
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_batches_change_nothing(batch_size: int) -> None:
+    model, reference = shared_pair("qwen2")
+    target = target_of("npo", reference, "kl")
+    want = meter_of(model, target).measure()
+    assert_same_tables(meter_of(model, target, batch_size=batch_size).measure(), want, 1e-11)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """Weights bit for bit, gradients, what requires one, modes, hooks, and random numbers."""
+    model, reference = pair("llama")
+    model.model.layers[1].mlp.requires_grad_(False)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, i) if i % 2 and p.requires_grad else None
+    for i, module in enumerate(model.modules()):
+        module.training = i % 3 > 0
+
+    def state() -> tuple[Any, ...]:
+        weights = {name: x.clone() for name, x in model.state_dict().items()}
+        grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+        of_parameters = [(p.requires_grad, len(p._post_accumulate_grad_hooks or ())) for p in model.parameters()]
+        return weights, grads, hooks, of_parameters, [m.training for m in model.modules()], torch.get_rng_state()
+
+    before = state()
+    target = target_of("wga", reference, "kl")
+    meter = meter_of(model, target, sweep={("wga", None): target})
+    meter.measure()
+    meter.update_effect()
+    meter.risk_values()
+    torch.testing.assert_close(state(), before, rtol=0, atol=0)
+
+
+def test_frozen_parameters_are_not_measured() -> None:
+    model, reference = pair("phi")
+    target = target_of("wga", reference)
+    whole = meter_of(model, target).measure()["layers"]
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith("bias"))
+    tables = meter_of(model, target).measure()
+    slow = slow_of_trained(model, target)
+    assert_close(tables["steps"]["geffect"], slow["steps"])
+    assert_close(tables["instances"]["geffect"], slow["instances"])
+    assert len(tables["layers"]) < len(whole)
+
+
+def slow_of_trained(model: Any, target: Target) -> dict[str, list[float]]:
+    """Totals and instances over the trained parameters, by a backward pass for each row; its objective is the target's."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    v = [slow_risk(model, parameters, rows) for rows in RISK_ROWS.values()]
+    m, found = (count_tokens(FORGET), len(FORGET)), []
+    for row in target.forget:
+        batch = collate([row], PAD) | {"n_forget": 1, "forget_counts": m, "retain_counts": (0, 0), "ref_nll": row["ref_nll"]}
+        g = gradient(target.loss(model, batch)["objective"], parameters)
+        found.append([sum((g[name] * x[name]).sum().item() for name in g) for x in v])
+    return {"steps": [sum(e) for e in zip(*found, strict=True)], "instances": [e[d] for d in range(2) for e in found]}
+
+
+# ---- adapters ----
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "embed_tokens", "lm_head"]], ids=["linear", "embedding"])
+@pytest.mark.parametrize("name", ["npo", "rmu_1"])
+def test_adapters(modules: Any, name: str) -> None:
+    """LoRA: over its parameters alone. An embedding's belong to modules that are not called themselves."""
+    peft = pytest.importorskip("peft")
+    model, reference = pair("llama")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=modules, lora_dropout=0.1)).eval()
+    generator = torch.Generator().manual_seed(5)
+    for p in (p for p in model.parameters() if p.requires_grad):
+        p.data.normal_(std=0.1, generator=generator)
+    target = target_of(name, reference)
+    tables = meter_of(model, target).measure()
+    slow = slow_of_trained(model, target)
+    assert_close(tables["steps"]["geffect"], slow["steps"])
+    assert_close(tables["instances"]["geffect"], slow["instances"])
+    for part in ("layers", "tokens", "positions"):
+        assert_close(totals(tables[part]), slow["steps"])
+    layers = set(tables["layers"]["layer"])
+    assert layers == {"0", "1"} | (set() if modules == "all-linear" else {"embed", "lm_head"})
+
+
+def test_a_fresh_adapter_then_a_trained_one() -> None:
+    """At first B = 0, and V of A with it: what is linear is not read off V."""
+    peft = pytest.importorskip("peft")
+    model, reference = pair("llama")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["embed_tokens", "v_proj"])).eval()
+    meter = meter_of(model, target_of("wga", reference))
+    meter.measure()
+    for p in (p for p in model.parameters() if p.requires_grad):
+        p.data.add_(0.1)
+    slow = slow_of_trained(model, target_of("wga", reference))
+    assert_close(meter.measure()["instances"]["geffect"], slow["instances"])
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_precision(kind: str, dtype: torch.dtype, rel: float) -> None:
+    """Of the weights in use: the same rounded weights in float64 give the numbers to compare with."""
+    model, reference = pair(kind)
+    low = copy.deepcopy(model).to(dtype) if dtype == torch.bfloat16 else build(kind).float()
+    low = copy.deepcopy(model)._apply(lambda x: x.type(dtype) if x.is_floating_point() else x)
+    exact = copy.deepcopy(low)._apply(lambda x: x.double() if x.is_floating_point() else x)
+    target = target_of("wga", reference, "gd")
+    want = meter_of(exact, target).measure()
+    got = meter_of(low, target).measure()
+    assert {v.dtype for v in meter_of(low, target).directions.values()} <= {dtype}
+    for name in ("steps", "layers", "instances"):
+        assert_close(got[name]["geffect"], want[name]["geffect"], rel)
+    assert_close(totals(got["tokens"]), totals(want["tokens"]), rel)
+
+
+def test_v_of_half_precision_weights_is_summed_in_float32() -> None:
+    """600 batches of the same row give its gradient; in bfloat16 the sum would stand still at 256 of them."""
+    model = build("phi", num_hidden_layers=1)._apply(lambda x: x.bfloat16() if x.is_floating_point() else x)
+    parameters = dict(model.named_parameters())
+    sums = []
+    for n in (1, 600):
+        sums.append(zeros(parameters))
+        add_gradient(model, parameters, Loss(mean_nll), set_batches(FORGET[:1] * n, [], 1, PAD), False, sums[-1])
+    assert {x.dtype for x in sums[0].values()} == {torch.float32}
+    one, many = (torch.cat([x.flatten() for x in s.values()]) for s in sums)
+    assert (many - one).norm() < 0.01 * one.norm()
+
+
+# ---- several processes ----
+
+
+def test_two_processes_give_what_one_does(tmp_path: Path) -> None:
+    script = ROOT / "tests" / "measure_geffect.py"
+    run_in(tmp_path, f"python {script} one.pickle")
+    run_in(tmp_path, f"torchrun --nproc_per_node=2 --master_port=18773 {script} two.pickle")
+    one, two = (pickle.loads((tmp_path / f"{name}.pickle").read_bytes()) for name in ("one", "two"))
+    assert set(one) == {"steps", "layers", "instances", "tokens", "positions", "sweep"}
+    assert_same_tables(two, one)
+
+
+# ---- what a loss or a model may do ----
+
+
+def test_above_rmus_layer_nothing() -> None:
+    model, reference = shared_pair("llama")
+    layers = meter_of(model, target_of("rmu_1", reference)).measure()["layers"]
+    above = layers["layer"].isin(["1", "norm", "lm_head"])
+    assert (layers[above]["geffect"] == 0).all()
+    assert (layers[~above]["geffect"] != 0).all()
+
+
+def use_weight_directly(model: Any, call_too: bool) -> None:
+    """The first block's MLP takes a projection's weight without calling it, or beside calling it."""
+    mlp = model.model.layers[0].mlp
+
+    def forward(x: Tensor) -> Tensor:
+        up = F.linear(x, mlp.up_proj.weight)
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (0.5 * (up + mlp.up_proj(x)) if call_too else up))
+
+    mlp.forward = forward
+
+
+def test_a_weight_used_without_its_module() -> None:
+    """It belongs to the nearest module above that is called."""
+    model, reference = pair("llama")
+    want = meter_of(model, target_of("wga", reference)).measure()
+    use_weight_directly(model, call_too=False)
+    got = meter_of(model, target_of("wga", reference)).measure()
+    for name in ("steps", "instances", "tokens", "positions"):
+        assert_close(got[name]["geffect"], want[name]["geffect"])
+    assert "model.layers.0.mlp" in set(got["layers"]["module"])
+
+
+def test_a_weight_used_beside_its_module_is_refused() -> None:
+    model, reference = pair("llama")
+    target = target_of("wga", reference)
+    want = meter_of(model, target, Wanted(instances=False, tokens=True)).measure()
+    use_weight_directly(model, call_too=True)
+    with pytest.raises(ValueError, match=r"a weight\s+is used other than by calling its module \(instances=false does"):
+        meter_of(model, target).measure()
+    assert_same_tables(meter_of(model, target, Wanted(instances=False, tokens=True)).measure(), want)
+
+
+def test_dora_is_refused() -> None:
+    """Its magnitudes divide by the norms of B A: the adapter's weights are used beside their modules."""
+    peft = pytest.importorskip("peft")
+    model, reference = pair("llama")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q_proj"], use_dora=True)).eval()
+    for p in (p for p in model.parameters() if p.requires_grad):
+        p.data.add_(0.1)
+    target = target_of("wga", reference)
+    with pytest.raises(ValueError, match="instances=false does without"):
+        meter_of(model, target).measure()
+    plain = meter_of(model, target, Wanted(instances=False)).measure()
+    assert_close(plain["steps"]["geffect"], slow_of_trained(model, target)["steps"])
+
+
+class Masked(nn.Module):
+    """A block's MLP that changes its own output and a module's in place, takes a shared scale, and is called twice."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        y.mul_(self.scale).add_(1)
+        return self.inner(y) + y
+
+
+def test_in_place_changes_and_modules_called_twice() -> None:
+    model, reference = pair("phi")
+    model.model.layers[0].mlp = Masked(model.model.layers[0].mlp)
+    target = target_of("npo", reference)
+    tables = meter_of(model, target).measure()
+    slow = slow_of_trained(model, target)
+    assert_close(tables["steps"]["geffect"], slow["steps"])
+    assert_close(tables["instances"]["geffect"], slow["instances"])
+    for part in ("tokens", "positions"):
+        assert_close(totals(tables[part]), slow["steps"])
+
+
+# ---- other architectures ----
+
+MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+MIXED = {"layer_types": ["linear_attention", "full_attention"]}
+OTHERS: dict[str, dict[str, Any]] = {
+    "bloom": {**SPECIAL, "hidden_size": WIDTH, "n_layer": 2, "n_head": 4},  # an autograd function without a forward mode
+    "gemma3_text": GROUPED,  # norms over (rows, heads, positions, ...)
+    "llama4_text": GROUPED | MOE | {"intermediate_size_mlp": 20, "num_experts_per_tok": 1},  # (experts x rows x positions, ...)
+    "mamba2": {**SMALL, "num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1, "chunk_size": 8},
+    "opt": SMALL | {"ffn_dim": 20, "word_embed_proj_dim": 8},  # projections around the blocks
+    "qwen3_next": GROUPED
+    | MOE
+    | MIXED
+    | {"shared_expert_intermediate_size": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    | {"linear_key_head_dim": 4, "linear_value_head_dim": 4},  # (rows x positions x heads, ...)
+}
+MORE: dict[str, dict[str, Any]] = {
+    "apertus": GROUPED,
+    "cohere2": GROUPED,
+    "codegen": GPT | {"n_ctx": 32, "rotary_dim": 4},
+    "falcon": SMALL | {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon, old": SMALL | {"new_decoder_architecture": False, "parallel_attn": True},
+    "gemma2": GROUPED,
+    "gpt_bigcode": GPT,
+    "gpt_neo": {
+        **SPECIAL,
+        "hidden_size": WIDTH,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "gpt_oss": GROUPED | MOE,
+    "gptj": GPT | {"rotary_dim": 4},
+    "granitemoe": GROUPED | MOE,
+    "lfm2": GROUPED | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 4},
+    "mamba": {**SPECIAL, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4},
+    "mistral": GROUPED,
+    "mixtral": GROUPED | MOE,
+    "mpt": {**SPECIAL, "d_model": WIDTH, "n_layers": 2, "n_heads": 4, "max_seq_len": 32},
+    "nemotron": GROUPED,
+    "olmo2": GROUPED,
+    "phi3": GROUPED,
+    "qwen3": GROUPED,
+    "qwen3_moe": GROUPED | MOE,
+    "rwkv": {**SPECIAL, "hidden_size": WIDTH, "num_hidden_layers": 2, "attention_hidden_size": WIDTH, "context_length": 32},
+    "smollm3": GROUPED,
+    "stablelm": GROUPED,
+    "starcoder2": GROUPED,
+}
+
+
+@pytest.mark.parametrize("kind", [*OTHERS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE)])
+def test_other_architectures(kind: str) -> None:
+    """Totals, instances, tokens and positions against a backward pass for each row."""
+    attention = "eager" if kind in ("bloom", "gpt_oss", "mamba", "mamba2", "rwkv") else "sdpa"
+    model = build(kind, attention, **(OTHERS | MORE)[kind])
+    if "num_experts" in (OTHERS | MORE)[kind]:
+        model.set_experts_implementation("eager")  # the grouped product takes no float64
+    reference = copy.deepcopy(model)
+    shake(model)
+    target = target_of("npo", reference)
+    tables, slow = meter_of(model, target).measure(), slow_of_trained(model, target)
+    assert_close(tables["steps"]["geffect"], slow["steps"])
+    assert_close(tables["instances"]["geffect"], slow["instances"])
+    for part in ("layers", "tokens", "positions"):
+        assert_close(totals(tables[part]), slow["steps"])
+    assert {"0", "1", "embed", "lm_head"} <= set(tables["layers"]["layer"])
+
+
+def test_outputs_that_mix_rows_are_refused() -> None:
+    """Experts' rows sorted by expert can't be told apart by where they stand: an error, and no guess."""
+    kind: dict[str, Any] = GROUPED | MOE | {"kv_channels": 4}
+    model = build("jetmoe", **kind)
+    target = Target(Loss(ga), FORGET)
+    with pytest.raises(ValueError, match=r"does not tell 2 rows apart \(instances=false does without\)"):
+        meter_of(model, target).measure()
+    assert len(meter_of(model, target, Wanted(instances=False, tokens=True)).measure()["tokens"])

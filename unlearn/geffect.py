@@ -1,0 +1,155 @@
+"""The G-effect: the inner product of an unlearning objective's gradient with the gradient of a risk (arXiv 2502.19301).
+
+    e_u = < grad L, grad R(D_u) >     e_r = < grad L, grad R(D_r) >
+
+L is what training minimises, over the whole forget set; R the token-mean cross-entropy over a whole set, D_u the rows to
+forget, D_r rows to keep. A step along -grad L changes R by about -eta e: e_u << 0 removes, e_r >= 0 keeps. All in eval mode,
+at the model's present weights, over the parameters that are trained.
+
+    from unlearn.geffect import geffect
+    from unlearn.objectives import ga
+
+    tables = geffect(model, tokenizer, forget, retain, ga)
+    tables["steps"]  # e_u, e_r, their cosines and norms; `layers` and `instances` are the parts they are the sums of
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from unlearn.checkpoints import pad_id
+from unlearn.loss import Loss
+from unlearn.meter import RISKS, Meter, Target, Wanted
+from unlearn.objectives import Objective
+from unlearn.rows import Row, collate, tokenize_pairs
+from unlearn.scores import token_nlls
+from unlearn.tables import TableFolder, Tables
+
+Rows = Sequence[Row] | Sequence[tuple[str, str]]
+
+
+def geffect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Rows,
+    retain: Rows,
+    objective: Objective | Loss,
+    **settings: Any,
+) -> Tables:
+    """The G-effects of an objective at the model's present weights, as data frames.
+
+    Args: as of `meter_of`.
+
+    Returns:
+        `steps`, `layers`, `instances`, and where asked `tokens` and `positions`: the columns of the files of those names
+        but for `step`.
+
+    Raises:
+        ValueError: a row leaves no room for an answer, or the tokenizer can't be used (see `tokenize_pairs`).
+        FloatingPointError: an effect is not finite.
+    """
+    return meter_of(model, tokenizer, forget, retain, objective, **settings).measure()
+
+
+def meter_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Rows,
+    retain: Rows,
+    objective: Objective | Loss,
+    *,
+    reference: PreTrainedModel | None = None,
+    beside: Rows = (),
+    wanted: Wanted | None = None,
+    bf16: bool = False,
+    batch_size: int = 16,
+) -> Meter:
+    """A `Meter` of an objective on texts or tokens, for `GEffectCallback`, or to measure again after the weights changed.
+
+    Args:
+        forget: the rows to forget, D_u: (prompt, answer) texts, whose answers and an end-of-sequence token carry the loss,
+            or `input_ids` and `labels`, each (T,), not shifted, -100 where no loss is.
+        retain: the rows to keep, D_r.
+        objective: a function of `Tokens` and `Counts` as in `unlearn.objectives`, or a `Loss` with a retain term.
+        reference: the model before unlearning, for an objective that compares with it.
+        beside: rows for the retain term.
+    """
+    rows = {name: _tokenized(given, tokenizer) for name, given in (("forget", forget), ("retain", retain), ("beside", beside))}
+    loss = objective if isinstance(objective, Loss) else Loss(objective=objective)
+    pad = pad_id(tokenizer)
+    target = rows["forget"]
+    if reference is not None:
+        nlls = token_nlls(reference, target, partial(collate, pad=pad), bf16, batch_size, what="reference")
+        target = [row | {"ref_nll": nll} for row, nll in zip(target, nlls, strict=True)]
+    return Meter(
+        model=model,
+        target=Target(loss, target, rows["beside"]),
+        risks=dict(zip(RISKS, (rows["forget"], rows["retain"]), strict=True)),
+        pad=pad,
+        wanted=wanted or Wanted(),
+        bf16=bf16,
+        batch_size=batch_size,
+        decode=lambda token: str(tokenizer.decode([token])),
+    )
+
+
+def _tokenized(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    texts = [row for row in rows if not isinstance(row, dict)]
+    return tokenize_pairs(texts, tokenizer) if texts else list(rows)  # type: ignore[arg-type]
+
+
+class GEffectCallback(TrainerCallback):
+    """Measures G-effects inside any `Trainer`: before every `every`-th step, from step 0 on, and after the last.
+
+    The weights are measured as they are before the step; its update effect and the change of both risks that it brought
+    are measured right after it. Training is not touched: its results are the same bits as without. The tables go to
+    `folder`, a step that stands there already is not measured again.
+
+        trainer = Trainer(model=model, callbacks=[GEffectCallback(meter, every=5, folder="geffect")], ...)
+    """
+
+    def __init__(self, meter: Meter, every: int, folder: str | Path) -> None:
+        self.meter, self.every, self.folder = meter, every, Path(folder)
+        self.pending: Tables | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.store = TableFolder(self.folder)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 and state.global_step not in self.store.steps():
+            self.pending = self.meter.measure()
+            self.lr = kwargs["optimizer"].param_groups[0]["lr"]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.pending is not None:
+            tables, self.pending = self.pending, None
+            tables |= with_update(tables, self.meter)
+            steps = tables["steps"]
+            change = [after - before for after, before in zip(self.meter.risk_values(), steps["risk_value"], strict=True)]
+            told = {"minus_lr_geffect": -self.lr * steps["geffect"], "update_effect": steps["update_effect"]}
+            columns = {"next_step": state.global_step, "risk": RISKS, **told, "risk_change": change}
+            self.store.put(state.global_step - 1, tables | {"prediction": pd.DataFrame(columns)})
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == state.max_steps and state.global_step not in self.store.steps():
+            self.store.put(state.global_step, self.meter.measure())
+
+
+def with_update(tables: Tables, meter: Meter) -> Tables:
+    """The tables of a measurement with the update effect of what the weights have become since."""
+    update = meter.update_effect()
+    steps = tables["steps"].assign(update_effect=update["totals"]["update_effect"])
+    return tables | {"steps": steps, "updates": update["updates"]}

@@ -1,0 +1,365 @@
+"""Measuring G-effects at a model's present weights: the passes of `unlearn.risks`, `.tap` and `.tangents` made into tables.
+
+Three ways to the same numbers (N parameters, D = 2 risks; FLOP a token of L's rows, beside 6N a token of each risk's rows):
+
+    plain   (`instances=False`)   6N            totals and layers: a dot product for each tensor
+    tapped  (`unlearn.tap`)       4N + 2ND      layers x instances, positions; 2N more with norms
+    forward (`unlearn.tangents`)  2N + 4ND      tokens, and every objective of a sweep from the one pass
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unlearn.loss import Loss
+from unlearn.objectives import mean_nll
+from unlearn.risks import (
+    Batch,
+    Directions,
+    Parts,
+    Vectors,
+    add_gradient,
+    dot,
+    evaluating,
+    gradients_into,
+    on,
+    over_processes,
+    progress,
+    set_batches,
+    trainable,
+    wide,
+    zeros,
+)
+from unlearn.rows import Row, collate
+from unlearn.tables import Tables
+from unlearn.tangents import contract, token_tangents
+from unlearn.tap import Site, Tap, find_sites
+from unlearn.tokens import label_positions
+
+RISKS = ("unlearn", "retain")
+RISK = Loss(objective=mean_nll)  # R: the token-mean cross-entropy of a whole set
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the tap against the whole gradient; else 5e-2
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is minimised: a loss, on these rows to forget (as training has them) and these beside them for its retain term."""
+
+    loss: Loss
+    forget: Sequence[Row]
+    retain: Sequence[Row] = ()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which numbers to measure.
+
+    Attributes:
+        instances: by instance, and by use of tied weights (the tapped pass); else totals and layers (the plain one).
+        norms: with instances also the norm of L's gradient, and so the cosines: one more copy of the model.
+        positions: by the position where the activation sits, prompts included, and layer; needs `instances`.
+        tokens: by label token, in one forward-mode pass.
+    """
+
+    instances: bool = True
+    norms: bool = True
+    positions: bool = False
+    tokens: bool = False
+
+
+@dataclass
+class Meter:
+    """Measures the G-effects of a target at the model's present weights, as often as they change.
+
+    Attributes:
+        risks: the rows of each risk, of `RISKS`.
+        pad: the token id that batches are padded with.
+        sweep: more targets by (method, hyper-parameter), for the totals of each.
+        bf16: run the model under bfloat16 autocast (but never the forward-mode pass).
+        decode: token id to text, for the table of tokens.
+    """
+
+    model: PreTrainedModel
+    target: Target
+    risks: Mapping[str, Sequence[Row]]
+    pad: int
+    wanted: Wanted = Wanted()
+    sweep: Mapping[tuple[str, float | None], Target] = field(default_factory=dict)
+    bf16: bool = False
+    batch_size: int = 16
+    decode: Callable[[int], str] = str
+
+    def __post_init__(self) -> None:
+        self.parameters = trainable(self.model)
+        self.sites: list[Site] = []
+        self.directions: Directions = {}
+
+    def measure(self) -> Tables:
+        """The tables `steps` and `layers` of the present weights, and what else is wanted; columns as in the README.
+
+        The risks' gradients stay, for `update_effect`.
+
+        Raises:
+            FloatingPointError: an effect is not finite.
+            ValueError: a module's output does not tell instances apart.
+        """
+        with self.trained(True):
+            values = self.risk_gradients()
+            if not self.sites:
+                self.sites = self._find_sites()
+            self._before = self._dots(self.parameters)
+            tables = self.tapped() if self.wanted.instances else self.plain()
+            tables["steps"] = tables["steps"].assign(risk_value=[values[risk] for risk in RISKS], update_effect=math.nan)
+            if self.wanted.tokens:
+                tables["tokens"] = self.by_token()
+            if self.sweep:
+                tables["sweep"] = self.swept()
+        return tables
+
+    def update_effect(self) -> Tables:
+        """< theta' - theta, V >, theta' the present weights, theta those measured last: the tables `totals` and `updates`.
+
+        To first order, how much each risk has changed by the update, in nats per token.
+        """
+        after = self._dots(self.parameters)
+        moved = {name: [b - a for a, b in zip(self._before[name], after[name], strict=True)] for name in after}
+        totals = pd.DataFrame({"risk": RISKS, "update_effect": _sums(moved)})
+        return {"totals": totals, "updates": self._by_module(moved, "update_effect")}
+
+    def risk_values(self) -> list[float]:
+        """Both risks at the present weights, in nats per token."""
+        values = []
+        for risk in RISKS:
+            parts = Parts()
+            with torch.no_grad(), evaluating(self.model):
+                for batch in self._batches(self.risks[risk], what=f"{risk} risk"):
+                    with self._autocast():
+                        parts.add(RISK(self.model, batch))
+            values.append(parts.total(self.model.device)["objective"])
+        return values
+
+    # ---- the passes ----
+
+    def _batches(self, forget: Sequence[Row], retain: Sequence[Row] = (), what: str = "") -> Iterator[Batch]:
+        return progress(set_batches(forget, retain, self.batch_size, self.pad), what, self.model.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+
+    @contextmanager
+    def trained(self, train: bool) -> Iterator[None]:
+        """With the measured parameters' gradients on or off, whatever a trainer has frozen since; and back."""
+        before = {name: p.requires_grad for name, p in self.parameters.items()}
+        for p in self.parameters.values():
+            p.requires_grad_(train)
+        try:
+            yield
+        finally:
+            for name, p in self.parameters.items():
+                p.requires_grad_(before[name])
+
+    def risk_gradients(self) -> dict[str, float]:
+        """Fill `directions` with the gradients V of the risks, in the weights' precision; returns the risks' values."""
+        if not self.directions:
+            self.directions = {name: p.new_zeros((len(RISKS), *p.shape)) for name, p in self.parameters.items()}
+        values = {}
+        for d, risk in enumerate(RISKS):
+            stacked = {name: v[d] for name, v in self.directions.items()}
+            accumulates = all(v.dtype == wide(v.dtype) for v in stacked.values())  # half precision can't
+            sums = stacked if accumulates else zeros(self.parameters)
+            for v in sums.values():
+                v.zero_()
+            batches = self._batches(self.risks[risk], what=f"gradient of the {risk} risk")
+            values[risk] = add_gradient(self.model, self.parameters, RISK, batches, self.bf16, sums)["objective"]
+            for name, v in {} if accumulates else stacked.items():
+                v.copy_(sums[name])
+        return values
+
+    def _find_sites(self) -> list[Site]:
+        row = collate(self.risks["unlearn"][:1], self.pad)
+        with evaluating(self.model):
+            return find_sites(self.model, self.parameters, self.directions, on(row, self.model.device))
+
+    def tapped(self) -> Tables:
+        """Layer x instance (x position), by the tapped backward pass; with norms, the whole gradient beside it."""
+        forget, retain = self.target.forget, self.target.retain
+        tap = Tap(self.sites, self.directions, len(forget) + len(retain))
+        if self.wanted.positions:
+            tap.count_positions(max(len(row["input_ids"]) for row in [*forget, *retain]))
+        sums = zeros(self.parameters) if self.wanted.norms else {}
+        measured = self.parameters if self.wanted.norms else {}
+        with self.trained(self.wanted.norms), evaluating(self.model), gradients_into(sums, measured):
+            for batch in self._batches(forget, retain, what="G-effects"):
+                with tap.batch(batch):
+                    with self._autocast():
+                        loss = sum(self.target.loss(self.model, batch).values())
+                    loss.backward()  # type: ignore[union-attr]
+        over_processes([*tap.tables(), *sums.values()])
+        by_instance = tap.effects.sum(1)  # (rows, D)
+        totals = by_instance.sum(0).tolist()
+        tables = {"steps": self._steps(totals, sums)}
+        if sums:
+            self._check_tap(totals, tables["steps"], sums)
+        tables["layers"] = self._by_site(tap.effects.sum(0).tolist())
+        tables["instances"] = _by_instance(by_instance, len(forget))
+        if tap.positions is not None:
+            tables["positions"] = self._by_position(tap, len(forget))
+        return tables
+
+    def plain(self) -> Tables:
+        """Totals and layers by a dot product for each tensor; the uses of tied weights are not told apart."""
+        sums = zeros(self.parameters)
+        batches = self._batches(self.target.forget, self.target.retain, what="G-effects")
+        add_gradient(self.model, self.parameters, self.target.loss, batches, self.bf16, sums)
+        dots = self._dots(sums)
+        return {"steps": self._steps(_sums(dots), sums), "layers": self._by_module(dots, "geffect")}
+
+    def _shares(self, targets: Sequence[Target]) -> Iterator[tuple[int, Batch, Tensor, Tensor]]:
+        """For each target and batch of it: the target's number, the batch, the tokens' losses (M,), their shares (D, M).
+
+        Targets on the same rows share the pass.
+        """
+        for forget, retain, layer, group in _passes(targets):
+            for batch in self._batches(forget, retain, what="forward mode"):
+                dual = token_tangents(self.model, self.parameters, self.directions, batch, layer)
+                references = {id(t.loss.reference): t.loss for t in (targets[i] for i in group) if t.loss.reference is not None}
+                logits = {key: loss.reference_logits(batch) for key, loss in references.items()} if retain else {}
+                for i in group:
+                    loss = targets[i].loss
+                    found = {"ref_logits": logits.get(id(loss.reference))} if retain else {}
+                    yield i, batch, dual.tokens.nll, contract(loss, dual, batch | found)
+
+    def swept(self) -> pd.DataFrame:
+        names, targets = list(self.sweep), list(self.sweep.values())
+        totals = torch.zeros((len(names), len(RISKS)), dtype=torch.float64, device=self.model.device)
+        with evaluating(self.model, checkpointing=False):
+            for i, _, _, shares in self._shares(targets):
+                totals[i] += shares.sum(1)
+        over_processes([totals])
+        rows = [(risk, *name, totals[i, d].item()) for i, name in enumerate(names) for d, risk in enumerate(RISKS)]
+        _check_finite([row[-1] for row in rows])
+        return pd.DataFrame(rows, columns=["risk", "method", "hyper_param", "geffect"])
+
+    def by_token(self) -> pd.DataFrame:
+        """Each label token's share; all that the retain rows add is one more row, with neither row nor position."""
+        found: list[tuple[Any, ...]] = []
+        kept = torch.zeros(len(RISKS), dtype=torch.float64, device=self.model.device)
+        with evaluating(self.model, checkpointing=False):
+            for _, batch, nll, shares in self._shares([self.target]):
+                if batch["n_forget"]:
+                    found += _token_rows(batch, nll, shares)
+                else:
+                    kept += shares.sum(1)
+        over_processes([kept])
+        found = sorted(gather_object(found))
+        columns = ["row", "position", "token_id", "loss", *RISKS]
+        wide_table = pd.DataFrame(found, columns=columns).astype(dict.fromkeys(columns[:3], "Int64"))
+        if self.target.retain:
+            last = {"row": pd.NA, "position": pd.NA, "token_id": pd.NA, "loss": math.nan}
+            rest = pd.DataFrame([last | dict(zip(RISKS, kept.tolist(), strict=True))])
+            wide_table = pd.concat([wide_table, rest.astype(wide_table.dtypes)], ignore_index=True)
+        texts = {i: self.decode(int(i)) for i in wide_table["token_id"].dropna().unique()}
+        wide_table.insert(3, "token", ["" if i is pd.NA else texts[i] for i in wide_table["token_id"]])
+        long = [wide_table.drop(columns=list(RISKS)).assign(risk=risk, geffect=wide_table[risk]) for risk in RISKS]
+        return pd.concat(long, ignore_index=True)[["risk", "row", "position", "token_id", "token", "loss", "geffect"]]
+
+    # ---- the tables ----
+
+    def _dots(self, vectors: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        """For each parameter its inner product with each V."""
+        return {name: [dot(x, v) for v in self.directions[name]] for name, x in vectors.items()}
+
+    def _steps(self, totals: list[float], gradient: Vectors) -> pd.DataFrame:
+        _check_finite(totals)
+        risk_norms = [math.sqrt(math.fsum(dot(v[d], v[d]) for v in self.directions.values())) for d in range(len(RISKS))]
+        norm = math.sqrt(math.fsum(dot(g, g) for g in gradient.values())) if gradient else math.nan
+        cosines = [e / (norm * r) if norm * r else math.nan for e, r in zip(totals, risk_norms, strict=True)]
+        columns = {"risk": RISKS, "geffect": totals, "cosine": cosines, "objective_norm": norm, "risk_norm": risk_norms}
+        return pd.DataFrame(columns)
+
+    def _check_tap(self, totals: list[float], steps: pd.DataFrame, gradient: Vectors) -> None:
+        """The whole gradient, where it is there, must give the same totals: else some weight is used past its module."""
+        bound = 5e-2 if self.bf16 else TOLERANCE.get(self.model.dtype, 5e-2)
+        for tapped, plain, norms in zip(totals, _sums(self._dots(gradient)), steps.itertuples(), strict=True):
+            if abs(tapped - plain) > bound * norms.objective_norm * norms.risk_norm:
+                raise ValueError(
+                    f"{type(self.model).__name__}: the tapped pass gives {tapped:.6g}, the whole gradient {plain:.6g}: a weight"
+                    " is used other than by calling its module (instances=false does without the tap)"
+                )
+
+    def _by_site(self, effects: list[list[float]]) -> pd.DataFrame:
+        sites = zip(self.sites, effects, strict=True)
+        rows = [(risk, site.layer, site.name, values[d]) for site, values in sites for d, risk in enumerate(RISKS)]
+        return pd.DataFrame(rows, columns=["risk", "layer", "module", "geffect"])
+
+    def _by_module(self, values: Mapping[str, list[float]], column: str) -> pd.DataFrame:
+        """Numbers of parameters as numbers of modules; tied weights are counted at their first use."""
+        owners = {name: site for site in reversed(self.sites) for name in site.names.values()}
+        found = {id(site): [0.0] * len(RISKS) for site in self.sites if site in owners.values()}
+        for name, numbers in values.items():
+            found[id(owners[name])] = [a + b for a, b in zip(found[id(owners[name])], numbers, strict=True)]
+        sites = [site for site in self.sites if id(site) in found]
+        rows = [(risk, s.layer, s.name, found[id(s)][d]) for s in sites for d, risk in enumerate(RISKS)]
+        return pd.DataFrame(rows, columns=["risk", "layer", "module", column])
+
+    def _by_position(self, tap: Tap, n: int) -> pd.DataFrame:
+        """By row, position and layer; all that the retain rows add is one more row for each layer, without a position."""
+        assert tap.positions is not None
+        rows: list[tuple[Any, ...]] = []
+        for i, row in enumerate(self.target.forget):
+            for position, layers in enumerate(tap.positions[i, : len(row["input_ids"])].tolist()):
+                rows += [(i, position, layer, *e) for layer, e in zip(tap.layers, layers, strict=True)]
+        if self.target.retain:
+            rows += [
+                (pd.NA, pd.NA, layer, *e) for layer, e in zip(tap.layers, tap.positions[n:].sum((0, 1)).tolist(), strict=True)
+            ]
+        table = pd.DataFrame(rows, columns=["row", "position", "layer", *RISKS]).astype({"row": "Int64", "position": "Int64"})
+        long = [table.drop(columns=list(RISKS)).assign(risk=risk, geffect=table[risk]) for risk in RISKS]
+        return pd.concat(long, ignore_index=True)[["risk", "row", "position", "layer", "geffect"]]
+
+
+def _passes(targets: Sequence[Target]) -> list[tuple[Sequence[Row], Sequence[Row], int | None, list[int]]]:
+    """The passes that the targets need: rows to forget or rows to retain, the layer to record, and for which targets."""
+    layers: dict[int, list[int]] = {}
+    for target in targets:
+        layers.setdefault(id(target.forget), []).extend([target.loss.layer] if target.loss.layer is not None else [])
+    groups: dict[tuple[int, int | None], tuple[Sequence[Row], Sequence[Row], int | None, list[int]]] = {}
+    for i, target in enumerate(targets):
+        layer = target.loss.layer if target.loss.layer is not None else next(iter(layers[id(target.forget)]), None)
+        groups.setdefault((id(target.forget), layer), (target.forget, [], layer, []))[3].append(i)
+        if target.loss.retain is not None:
+            groups.setdefault((id(target.retain), None), ([], target.retain, None, []))[3].append(i)
+    return list(groups.values())
+
+
+def _token_rows(batch: Batch, nll: Tensor, shares: Tensor) -> list[tuple[Any, ...]]:
+    at, width = label_positions(batch["labels"]), batch["labels"].shape[1]
+    columns = [batch["index"][at // width], at % width + 1, batch["labels"].flatten()[at + 1], nll, *shares]
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _by_instance(effects: Tensor, n: int) -> pd.DataFrame:
+    """The forget rows' effects, and where there are retain rows, one more row for all that they add."""
+    rows: list[tuple[Any, list[float]]] = list(enumerate(effects[:n].tolist()))
+    rows += [("retain", effects[n:].sum(0).tolist())] if len(effects) > n else []
+    columns = ["risk", "row", "geffect"]
+    return pd.DataFrame([(risk, row, e[d]) for d, risk in enumerate(RISKS) for row, e in rows], columns=columns)
+
+
+def _sums(values: Mapping[str, list[float]]) -> list[float]:
+    return [math.fsum(numbers[d] for numbers in values.values()) for d in range(len(RISKS))]
+
+
+def _check_finite(values: Sequence[float]) -> None:
+    if not all(map(math.isfinite, values)):
+        raise FloatingPointError(f"the G-effects {', '.join(map(str, values))} are not finite")

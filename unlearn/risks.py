@@ -1,0 +1,166 @@
+"""Gradients over whole sets of rows: of a risk, and of an objective.
+
+Letters: P parameters by name, D directions (the risks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from unlearn.loss import Loss
+from unlearn.rows import Row, collate, counts
+
+Batch = dict[str, Any]
+Vectors = dict[str, Tensor]  # one tensor for each parameter, like it
+Directions = dict[str, Tensor]  # (D, *shape) for each parameter
+
+CHUNK = 1 << 18  # numbers that are widened to float64 at once: few enough to stay in a cache
+
+
+def set_batches(forget: Sequence[Row], retain: Sequence[Row], batch_size: int, pad: int) -> list[Batch]:
+    """This process's batches of a whole set, each of forget or of retain rows, of like length.
+
+    A batch is what `Loss` takes, with the counts of the whole set, and `index` (B,), which rows it holds; the retain rows'
+    numbers go on from the forget rows'.
+    """
+    state = PartialState()
+    whole = {"forget_counts": counts(forget), "retain_counts": counts(retain)}
+    batches = []
+    for rows, first, to_forget in ((forget, 0, True), (retain, len(forget), False)):
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+        chunks = [order[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        for chunk in chunks[state.process_index :: state.num_processes]:
+            batch: Batch = collate([rows[i] for i in chunk], pad)
+            if "ref_nll" in rows[chunk[0]]:
+                batch["ref_nll"] = torch.cat([rows[i]["ref_nll"] for i in chunk])
+            batch["index"] = torch.tensor([first + i for i in chunk])
+            batches.append(batch | whole | {"n_forget": len(chunk) if to_forget else 0})
+    return batches
+
+
+def on(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def progress(batches: Sequence[Batch], what: str, device: torch.device) -> Iterator[Batch]:
+    """The batches, on the device, under a progress bar on standard error."""
+    for batch in tqdm(batches, desc=what, disable=not PartialState().is_main_process, leave=False):
+        yield on(batch, device)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained (an adapter's alone, where there is one), tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over many batches are kept in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def zeros(parameters: Mapping[str, Tensor], n: int | None = None) -> Vectors:
+    """A zero vector, or `n` of them stacked, wide enough to accumulate in."""
+    stack = () if n is None else (n,)
+    return {name: p.new_zeros((*stack, *p.shape), dtype=wide(p.dtype)) for name, p in parameters.items()}
+
+
+@contextmanager
+def gradients_into(sums: Vectors, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """While entered, what a backward pass leaves in `.grad` is added to `sums` at once, and `.grad` is as it was after.
+
+    A gradient of half-precision weights is so summed over batches in float32: in bfloat16 a sum of 4000 is off by a third.
+    """
+    before = {name: p.grad for name, p in parameters.items()}
+
+    def adder(total: Tensor) -> Callable[[Tensor], None]:
+        def add(p: Tensor) -> None:
+            assert p.grad is not None
+            total.add_(p.grad)
+            p.grad = None
+
+        return add
+
+    for p in parameters.values():
+        p.grad = None
+    handles = [p.register_post_accumulate_grad_hook(adder(sums[name])) for name, p in parameters.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, p in parameters.items():
+            p.grad = before[name]
+
+
+@contextmanager
+def evaluating(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
+    """Without dropout but with gradient checkpointing, which transformers' layers do in training only; and back."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = checkpointing and module.gradient_checkpointing
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def add_gradient(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    loss: Loss,
+    batches: Iterable[Batch],
+    bf16: bool,
+    sums: Vectors,
+) -> dict[str, float]:
+    """Add the gradient of a loss over its whole set to `sums`; returns the loss's parts."""
+    device = next(iter(parameters.values())).device
+    parts = Parts()
+    with evaluating(model), gradients_into(sums, parameters):
+        for batch in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                found = loss(model, batch)
+            sum(found.values()).backward()  # type: ignore[union-attr]
+            parts.add(found)
+    over_processes(sums.values())
+    return parts.total(device)
+
+
+class Parts:
+    """Sums a loss's parts over batches and processes."""
+
+    def __init__(self) -> None:
+        self.sums = dict.fromkeys(("objective", "retain"), 0.0)
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        for name, value in parts.items():
+            self.sums[name] += value.item()
+
+    def total(self, device: torch.device) -> dict[str, float]:
+        values = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=device)
+        over_processes([values])
+        return dict(zip(self.sums, values.tolist(), strict=True))
+
+
+def over_processes(tensors: Iterable[Tensor]) -> None:
+    """Sum each tensor over the processes, in place."""
+    if PartialState().num_processes > 1:
+        for tensor in tensors:
+            tensor.copy_(reduce(tensor, "sum"))
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """The inner product of two tensors of one shape, the products formed and summed in float64."""
+    pieces = zip(a.detach().flatten().split(CHUNK), b.detach().flatten().split(CHUNK), strict=True)
+    return float(sum(x.double() @ y.double() for x, y in pieces))

@@ -1,0 +1,74 @@
+"""Texts to token ids with labels on the answer, and rows to padded batches.
+
+Letters: B rows, T tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from unlearn.tokens import IGNORE
+
+Row = dict[str, Tensor]  # input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference
+
+
+def tokenize_pairs(
+    pairs: Sequence[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int = 500,
+    prompt_loss: int = 0,
+    special_tokens: bool = True,
+) -> list[Row]:
+    """(prompt, answer) texts to token ids, with labels on the answer's tokens and one end-of-sequence token.
+
+    The boundary is a character offset of the one tokenised text: a token that reaches past it is the answer's.
+
+    Args:
+        max_length: tokens a row keeps at most.
+        prompt_loss: how many of the prompt's last characters count as answer.
+        special_tokens: whether the tokenizer adds its own; no, where the text has them already.
+
+    Raises:
+        ValueError: a row's prompt leaves no room for an answer, or the tokenizer has no end-of-sequence token or gives
+            no offsets.
+    """
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        raise ValueError(f"{tokenizer.name_or_path}: needs a fast tokenizer with an end-of-sequence token")
+    encoded = tokenizer(
+        [prompt + answer for prompt, answer in pairs], add_special_tokens=special_tokens, return_offsets_mapping=True
+    )
+    rows = []
+    for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True), start=1):
+        boundary = len(pairs[number - 1][0]) - prompt_loss
+        rows.append(_to_row(ids, [end for _, end in offsets], boundary, tokenizer.eos_token_id, max_length))
+        if (rows[-1]["labels"] == IGNORE).all():
+            raise ValueError(f"row {number}: its prompt alone fills max_length={max_length} tokens")
+    return rows
+
+
+def _to_row(ids: list[int], ends: list[int], boundary: int, eos: int, max_length: int) -> Row:
+    if ids and ids[-1] == eos and ends[-1] == 0:  # the tokenizer added its own end-of-sequence token
+        ids, ends = ids[:-1], ends[:-1]
+    labels = [token if end > boundary else IGNORE for token, end in zip(ids, ends, strict=True)] + [eos]
+    labels[0] = IGNORE  # nothing stands before it to predict it from
+    return {"input_ids": torch.tensor([*ids, eos][:max_length]), "labels": torch.tensor(labels[:max_length])}
+
+
+def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
+    """Pad rows to the longest of them: `input_ids`, `attention_mask` and `labels`, each (B, T)."""
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    padded = {
+        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=value)
+        for key, value in (("input_ids", pad), ("labels", IGNORE))
+    }
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # by length: the end-of-sequence id may be the padding's
+    return padded | {"attention_mask": mask.long()}
+
+
+def counts(rows: Sequence[Row]) -> tuple[int, int]:
+    """Label tokens and rows."""
+    return sum(int((row["labels"] != IGNORE).sum()) for row in rows), len(rows)

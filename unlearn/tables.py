@@ -1,0 +1,103 @@
+"""The tables of a G-effect folder: read, added to step by step, and written whole.
+
+`steps.csv` is written last: a step that stands there stands in the others. A killed run's next start measures the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+from accelerate import PartialState
+
+from unlearn.files import write_whole, written_beside
+
+Tables = dict[str, pd.DataFrame]
+PARQUET = ("tokens", "positions")
+
+
+class TableFolder:
+    """The tables of a folder, the same in every process; the main one writes.
+
+    Attributes:
+        tables: by name, each with the column `step` first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        names = {file.stem: file for file in folder.glob("*") if file.suffix in (".csv", ".parquet")}
+        self.tables: Tables = {name: read(file) for name, file in names.items()}
+        PartialState().wait_for_everyone()  # all have read before one writes
+
+    def steps(self, name: str = "steps") -> set[int]:
+        """Which steps the table has."""
+        return set(self.tables[name]["step"]) if name in self.tables else set()
+
+    def has(self, step: int, names: Sequence[str], sweep: Sequence[tuple[str, float | None]] = ()) -> bool:
+        """Whether the step stands in all these tables, with all of this sweep."""
+        if not all(step in self.steps(name) for name in ("steps", *names)):
+            return False
+        if not sweep:
+            return True
+        if step not in self.steps("sweep"):
+            return False
+        table = self.tables["sweep"]
+        there = table[table["step"] == step]
+        return set(sweep) <= {
+            (m, None if pd.isna(h) else h) for m, h in zip(there["method"], there["hyper_param"], strict=True)
+        }
+
+    def put(self, step: int, tables: Mapping[str, pd.DataFrame]) -> None:
+        """Add a step's rows, in place of those it had, and write the tables, `steps` last."""
+        for name in sorted(tables, key=lambda name: name == "steps"):
+            rows = tables[name].copy()
+            rows.insert(0, "step", step)
+            self.replace(name, pd.concat([*self._others(name, step), rows], ignore_index=True))
+
+    def _others(self, name: str, step: int) -> list[pd.DataFrame]:
+        if name not in self.tables:
+            return []
+        table = self.tables[name]
+        return [table[table["step"] != step]] if (table["step"] != step).any() else []
+
+    def replace(self, name: str, table: pd.DataFrame) -> None:
+        """Make this the table, in the order of its steps, and write it."""
+        self.tables[name] = table.sort_values("step", kind="stable", ignore_index=True)
+        if PartialState().is_main_process:
+            write(self.folder, name, self.tables[name])
+
+
+def read(file: Path) -> pd.DataFrame:
+    """A table as it was written, the numbers to the last bit. Raises ValueError where the file is none."""
+    try:
+        if file.suffix == ".parquet":
+            return pd.read_parquet(file)
+        return pd.read_csv(file, dtype={"layer": str, "row": str, "method": str}, float_precision="round_trip")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file}: not a table ({error})") from error
+
+
+def write(folder: Path, name: str, table: pd.DataFrame) -> None:
+    if name in PARQUET:
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_beside(folder / f"{name}.parquet") as beside:
+            table.to_parquet(beside, index=False)
+    else:
+        write_whole(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+
+
+def predictions(steps: pd.DataFrame, lrs: Mapping[int, float]) -> pd.DataFrame:
+    """What the G-effects and the updates foretold of the risks' change from each step to the next, and the change.
+
+    Args:
+        steps: the table `steps`.
+        lrs: the learning rate of each training step; -lr e is summed over those between, nan where one is not known.
+    """
+    rows = []
+    for risk, table in steps.groupby("risk", sort=False):
+        for now, then in zip(table.itertuples(), table.iloc[1:].itertuples(), strict=False):
+            lr = sum(lrs.get(step, float("nan")) for step in range(now.step + 1, then.step + 1))
+            change = then.risk_value - now.risk_value
+            rows.append((now.step, then.step, risk, -lr * now.geffect, now.update_effect, change))
+    return pd.DataFrame(rows, columns=["step", "next_step", "risk", "minus_lr_geffect", "update_effect", "risk_change"])

@@ -1,0 +1,409 @@
+"""The tapped backward pass: a loss's gradient in the directions V, for every instance and module, without forming it.
+
+For a module with parameters w, output y = f(x; w) and the loss's gradient b = dL/dy at it, an instance's share of
+<grad_w L, V> is the sum over its positions of b . (df/dw V): the output's change along V is formed where the gradient
+passes, and no weight's gradient ever is. It costs 4 FLOP a parameter and token, and 2 more for each direction.
+
+Letters: B rows, T positions, M label tokens of the batch, D directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from unlearn.risks import Batch, Directions, wide
+from unlearn.tangents import along_each, padding
+from unlearn.tokens import label_positions, token_outputs
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How an output is laid out: the axis that its rows lie along, and the one that its positions do, perhaps the same.
+
+    The rows' may hold something else beside (heads, experts): within the rows, or around them (`outer`).
+    """
+
+    rows: int | None = None
+    positions: int | None = None
+    outer: bool = False
+
+    def split(self, x: Tensor, n: int, width: int) -> Tensor | None:
+        """An output of n rows as (n, positions, all else), 1 position where it has no axis of them; None if it can't be."""
+        if self.rows is None:
+            return x.reshape(1, 1, -1) if n == 1 else None
+        flat = self.positions == self.rows
+        parts = (n, width) if flat else (n, 1)
+        if x.shape[self.rows] % math.prod(parts):
+            return None
+        x = x.unflatten(self.rows, (-1, *parts) if self.outer else (*parts, -1))  # two axes more
+        x = x.movedim(self.rows + self.outer, 0)
+        if self.positions is None or flat:
+            x = x.movedim(self.rows + self.outer + 1, 1)
+        else:
+            x = x.movedim(self.positions + (2 if self.positions > self.rows else 1), 1)
+        return x.reshape(*x.shape[:2], -1)
+
+
+@dataclass
+class Site:
+    """A module that is called, and the trained parameters that only it uses: its own, and those of modules never called.
+
+    Attributes:
+        layer: a block's index, or `embed` (before the blocks), `norm` (after them), `lm_head`.
+        names: of its parameters within it -> within the model.
+        linear: in its parameters taken together, so that its change along V is itself with V in their place.
+        axes: of each of its outputs.
+    """
+
+    name: str
+    module: nn.Module
+    layer: str
+    names: dict[str, str]
+    linear: bool = False
+    axes: list[Axes] = field(default_factory=list)
+
+    def call(self, own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Its floating-point outputs with these values for its parameters."""
+        named = {f"module.{name}": value for name, value in own.items()}
+        return floats(functional_call(_Bare(self.module), named, args, kwargs))
+
+    def along(self, directions: Directions, d: int) -> dict[str, Tensor]:
+        return {name: directions[full][d] for name, full in self.names.items()}
+
+    def changes(self, directions: Directions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[Tensor]]:
+        """For each direction the change of its outputs along it."""
+        if self.linear:
+            where = padding(self.module, args)
+            for d in range(len(next(iter(directions.values())))):
+                outputs = self.call(self.along(directions, d), args, kwargs)
+                yield outputs if where is None else [x.masked_fill(where, 0) for x in outputs]
+            return
+        own = {name: self.module.get_parameter(name).detach() for name in self.names}
+        v = {name: directions[full].to(own[name].dtype) for name, full in self.names.items()}
+        _, changes = along_each(lambda w: self.call(w, args, kwargs), own, v)
+        yield from (list(change) for change in zip(*changes, strict=True))
+
+
+class _Bare(nn.Module):
+    """A module without its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+def floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors of a module's inputs or outputs, however nested."""
+    return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+# ---- where to tap ----
+
+
+@torch.no_grad()
+def find_sites(model: nn.Module, parameters: Mapping[str, nn.Parameter], directions: Directions, batch: Batch) -> list[Site]:
+    """The sites of all trained parameters, in the order in which they are called; no architecture is named.
+
+    One row of `batch` is run through the model to see what is called, what is linear in its parameters, and how its
+    outputs are laid out.
+    """
+    row = {key: batch[key][:1] for key in ("input_ids", "attention_mask", "labels")}
+    called = list(dict.fromkeys(_watch(model, row, lambda *_: None)))
+    names = {module: name for name, module in model.named_modules()}
+    own: dict[nn.Module, dict[str, str]] = {module: {} for module in called}
+    full = {parameter: name for name, parameter in parameters.items()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in full:
+            owner, inner = _called_owner(name, model, own)
+            own[owner][inner] = full[parameter]
+    layers = _layers(model, called, names)
+    sites = {m: Site(names[m], m, layers[m], own[m]) for m in called if own[m]}
+
+    def test(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        if module in sites:
+            sites[module].linear = is_linear(sites[module], directions, args, kwargs)
+
+    _watch(model, row, test)
+    _find_axes(model, sites, row)
+    return list(sites.values())
+
+
+def _called_owner(name: str, model: nn.Module, called: Mapping[nn.Module, Any]) -> tuple[nn.Module, str]:
+    """The nearest module above a parameter that is called, and the parameter's name within it."""
+    parts = name.split(".")
+    for n in range(len(parts) - 1, -1, -1):
+        module = model.get_submodule(".".join(parts[:n]))
+        if module in called:
+            return module, ".".join(parts[n:])
+    raise AssertionError(f"{name}: the model itself is not called")
+
+
+def _watch(model: nn.Module, row: Mapping[str, Tensor], look: Callable[..., None]) -> list[nn.Module]:
+    """Run the model on a row, `look` at each call of a module; returns the modules in the order of their calls' ends."""
+    order: list[nn.Module] = []
+    busy = False
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal busy
+        if not busy:
+            busy = True
+            order.append(module)
+            look(module, args, kwargs, output)
+            busy = False
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()]
+    try:
+        token_outputs(model, row)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def _find_axes(model: nn.Module, sites: Mapping[nn.Module, Site], row: Mapping[str, Tensor]) -> None:
+    """Note how the sites' outputs are laid out, by what changes with one row more, and with one token less."""
+    twice = {key: x.repeat(2, 1) for key, x in row.items()}
+    less = {key: x[:, 1:] for key, x in row.items()}
+    shapes = [_outputs(model, sites, rows, "meta") for rows in (row, twice, less)]
+    for module, site in sites.items():
+        calls = [
+            [_axes(*of_output) for of_output in zip(*of_call, strict=True)]
+            for of_call in zip(*(found[module] for found in shapes), strict=False)
+        ]
+        unknown = [Axes()] * len(shapes[0][module][0])
+        site.axes = (
+            calls[0] if calls and calls.count(calls[0]) == len(calls) else unknown
+        )  # called in two ways: neither is safe
+    doubtful = {m: s for m, s in sites.items() if s.layer != "lm_head" and _is_folded(s.axes, shapes[1][m][0])}
+    if doubtful:
+        other = {**twice, "input_ids": torch.cat([row["input_ids"], row["input_ids"].roll(1, dims=1)])}
+        same, changed = (_outputs(model, doubtful, rows) for rows in (twice, other))
+        for module, site in doubtful.items():
+            found = zip(site.axes, same[module][0], changed[module][0], strict=True)
+            site.axes = [_order(axes, a, b, row["labels"].shape[1]) for axes, a, b in found]
+
+
+def _outputs(
+    model: nn.Module, sites: Mapping[nn.Module, Site], rows: Mapping[str, Tensor], device: str | None = None
+) -> dict[nn.Module, list[list[Tensor]]]:
+    """The sites' outputs, call by call; on the device `meta` only their shapes."""
+    found: dict[nn.Module, list[list[Tensor]]] = {module: [] for module in sites}
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if module in found:
+            found[module].append([x.to(device or x.device) for x in floats(output)])
+
+    _watch(model, rows, look)
+    return found
+
+
+def _is_folded(layout: Sequence[Axes], of_two: Sequence[Tensor]) -> bool:
+    """Whether an axis of the outputs of two rows holds more than the rows."""
+    return any(axes.rows is not None and x.shape[axes.rows] > 2 for axes, x in zip(layout, of_two, strict=True))
+
+
+def _order(axes: Axes, same: Tensor, changed: Tensor, width: int) -> Axes:
+    """The reading of an axis under which the first row's output stays as it was when the second row changes, if one does."""
+    for reading in (replace(axes, outer=outer) for outer in (False, True)):
+        a, b = reading.split(same, 2, width), reading.split(changed, 2, width)
+        if a is not None and b is not None and (a[0] - b[0]).norm() <= 1e-3 * a[0].norm():
+            return reading
+    return Axes()
+
+
+def _axes(usual: Tensor, more: Tensor, less: Tensor) -> Axes:
+    """By sizes alone: of an output of one row, of two rows, and of one token less."""
+    rows = 0 if more.shape[0] == 1 else None  # shared by all rows, positions for example, or (1, M, vocabulary)
+    differs = [_differs(usual.shape, other.shape) for other in (more, less)]
+    return Axes(rows if differs[0] is None else differs[0], differs[1])
+
+
+def _differs(a: torch.Size, b: torch.Size) -> int | None:
+    """The first axis that differs in size."""
+    return next((i for i, (m, n) in enumerate(zip(a, b, strict=True)) if m != n), None) if len(a) == len(b) else None
+
+
+def is_linear(site: Site, directions: Directions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the site's output is linear in its parameters: doubles with them, exactly, and adds up as they do."""
+    like = site.along(directions, 0)
+    generator = torch.Generator(next(iter(like.values())).device).manual_seed(0)  # V itself may be 0, now
+    v, w = ({name: torch.empty_like(x).normal_(generator=generator) for name, x in like.items()} for _ in range(2))
+    of_v, of_w = site.call(v, args, kwargs), site.call(w, args, kwargs)
+    doubled = site.call({name: 2 * v[name] for name in v}, args, kwargs)
+    both = site.call({name: v[name] + w[name] for name in v}, args, kwargs)
+    doubles = all(torch.equal(two, 2 * one) for one, two in zip(of_v, doubled, strict=True))
+    adds = all((s - x - y).norm() <= 0.02 * (x.norm() + y.norm()) for x, y, s in zip(of_v, of_w, both, strict=True))
+    return doubles and adds
+
+
+def _layers(model: Any, called: Sequence[nn.Module], names: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
+    """Each module's layer: its block's index, or by whether it is called before or after the blocks, or the output head."""
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth and m[0] in called]
+    blocks = {inner: str(i) for i, block in enumerate(lists[0] if lists else []) for inner in block.modules()}
+    head = set(model.get_output_embeddings().modules())
+    first = next((i for i, module in enumerate(called) if module in blocks), len(called))
+    layers = {}
+    for i, module in enumerate(called):
+        outside = "lm_head" if module in head else "embed" if i < first else "norm"
+        layers[module] = blocks.get(module, outside)
+    return layers
+
+
+# ---- the tap ----
+
+
+class Tap:
+    """Accumulates e[instance, site, direction], and, where asked, e[instance, position, the site's layer, direction].
+
+    `batch` runs a backward pass under it. An instance is a number of the batch's `index`.
+    """
+
+    def __init__(self, sites: list[Site], directions: Directions, instances: int) -> None:
+        self.sites, self.directions, self.busy = sites, directions, False
+        like = next(iter(directions.values()))
+        self.effects = torch.zeros((instances, len(sites), len(like)), dtype=torch.float64, device=like.device)
+        self.layers = list(dict.fromkeys(site.layer for site in sites))
+        self.positions: Tensor | None = None  # (instances, T, layers, D)
+
+    def count_positions(self, length: int) -> None:
+        """Keep effects by position too, for rows of at most `length` tokens."""
+        n, _, d = self.effects.shape
+        self.positions = self.effects.new_zeros((n, length, len(self.layers), d))
+
+    def tables(self) -> list[Tensor]:
+        return [self.effects] if self.positions is None else [self.effects, self.positions]
+
+    @contextmanager
+    def batch(self, batch: Batch) -> Iterator[None]:
+        """Tap what is run inside: a forward pass of these rows and its backward pass."""
+        at = label_positions(batch["labels"])
+        width = batch["labels"].shape[1]
+        self._batch = {"index": batch["index"], "at": at, "row": at // width, "position": at % width}
+        self._width = width
+        self.anchor = torch.zeros((), device=at.device, requires_grad=True)
+        handles = [site.module.register_forward_hook(self._hook(site), with_kwargs=True) for site in self.sites]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self.busy:
+                return output
+            leaves, structure = tree_flatten(output)
+            inputs, how = tree_flatten((args, kwargs))
+            out = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            into = [i for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)]
+            call = _Call(self, site, inputs, into, how, len(out))
+            spread = [self._spread(leaves[i], site, axes) for i, axes in zip(out, site.axes, strict=True)]
+            tapped = _Identity.apply(call, self.anchor, *spread, *(inputs[i] for i in into))
+            for i, leaf in zip(out, tapped, strict=True):
+                leaves[i] = leaf
+            for i in into:
+                inputs[i] = None  # what `ctx` keeps, gradient checkpointing can free
+            return tree_unflatten(leaves, structure)
+
+        return hook
+
+    def _spread(self, output: Tensor, site: Site, axes: Axes) -> Tensor:
+        """An output that all rows share (of positions, say) once for each row, that their gradients come apart."""
+        n = len(self._batch["index"])
+        shared = site.layer != "lm_head" and axes.rows == 0 and output.shape[0] == 1
+        return output.expand(n, *output.shape[1:]) if shared and n > 1 else output
+
+    def add(self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], grads: Sequence[Tensor | None]) -> None:
+        """Add b . (change along V) of one call of a site, for each instance and direction."""
+        number = self.sites.index(call.site)
+        for d, changes in enumerate(call.site.changes(self.directions, args, kwargs)):
+            for change, grad, axes in zip(changes, grads, call.site.axes, strict=True):
+                if grad is not None:
+                    self._add(number, d, change, grad, axes)
+
+    def _add(self, number: int, d: int, change: Tensor, grad: Tensor, axes: Axes) -> None:
+        site, rows = self.sites[number], self._batch["index"]
+        layer = self.layers.index(site.layer)
+        if site.layer == "lm_head" and change.shape[0] == 1:  # (1, M, vocabulary)
+            products = _row_dots(change[0], grad[0])
+            self.effects[:, number, d].index_add_(0, rows[self._batch["row"]], products)
+            if self.positions is not None:
+                where = (rows[self._batch["row"]], self._batch["position"])
+                self.positions[:, :, layer, d].index_put_(where, products, accumulate=True)
+            return
+        n = len(rows)
+        a, b = (axes.split(x, n, self._width) for x in (change.expand_as(grad), grad))  # (n, T or 1, k)
+        if a is None or b is None:
+            shape = tuple(grad.shape)
+            raise ValueError(f"{site.name}: its output {shape} does not tell {n} rows apart (instances=false does without)")
+        if self.positions is None:
+            self.effects[:, number, d].index_add_(0, rows, _row_dots(a.flatten(1), b.flatten(1)))
+            return
+        if a.shape[1] < self._width:
+            raise ValueError(
+                f"{site.name}: its output {tuple(grad.shape)} does not tell positions apart (positions=false does without)"
+            )
+        products = _row_dots(a.flatten(0, 1), b.flatten(0, 1)).view(a.shape[:2])
+        self.effects[:, number, d].index_add_(0, rows, products.sum(1))
+        self.positions[rows, : self._width, layer, d] += products[:, : self._width]  # a convolution's may have more at the end
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """(n, k), (n, k) -> (n,) float64: the inner products of rows, in float32 or wider."""
+    kind = wide(a.dtype)
+    return torch.bmm(a.to(kind).unsqueeze(1), b.to(kind).unsqueeze(2)).flatten().double()
+
+
+@dataclass
+class _Call:
+    """One call of a site: how its inputs go together again."""
+
+    tap: Tap
+    site: Site
+    inputs: list[Any]
+    tensors: list[int]
+    structure: Any
+    outputs: int
+
+
+class _Identity(torch.autograd.Function):
+    """Passes a module's outputs through; on the way back their gradient goes to the tap, with the module's inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs, inputs = tensors[: call.outputs], tensors[call.outputs :]
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        device = anchor.device.type
+        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return tuple(output.data for output in outputs)  # no views: models may change a module's output in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        call: _Call = ctx.call
+        leaves = list(call.inputs)
+        for i, tensor in zip(call.tensors, ctx.saved_tensors, strict=True):
+            leaves[i] = tensor
+        args, kwargs = tree_unflatten(leaves, call.structure)
+        enabled, dtype = ctx.autocast
+        call.tap.busy = True
+        try:
+            with torch.no_grad(), torch.autocast(call.tap.anchor.device.type, dtype, enabled=enabled, cache_enabled=False):
+                call.tap.add(call, args, kwargs, grads)
+        finally:
+            call.tap.busy = False
+        return (None, None, *grads, *(None for _ in call.tensors))
