@@ -188,6 +188,7 @@ def measure_steps(
                 load_weights(meter.model, path)
             tables, loaded = meter.measure(), path
             if then is not None:
+                meter.start_update()
                 load_weights(meter.model, then)
                 tables, loaded = with_update(tables, meter), then
             store.put(step, tables)

@@ -83,7 +83,7 @@ def float64_throughout() -> Iterator[None]:
 # ---- models, rows and losses ----
 
 
-def build(kind: str, attention: str = "sdpa", **changes: Any) -> Any:
+def build(kind: str, attention: str | None = "sdpa", **changes: Any) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind.split(",")[0], **CONFIGS.get(kind, {}) | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
@@ -486,6 +486,7 @@ def test_the_update_effect_of_a_plain_step(kind: str) -> None:
     model, reference = pair(kind)
     meter = meter_of(model, target_of("npo", reference), Wanted(instances=False))
     tables = meter.measure()
+    meter.start_update()
     g = gradient(slow_objective("npo", model, reference), dict(model.named_parameters()))
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -599,6 +600,7 @@ def test_the_model_is_left_as_it_was() -> None:
     target = target_of("wga", reference, "kl")
     meter = meter_of(model, target, sweep={("wga", None): target})
     meter.measure()
+    meter.start_update()
     meter.update_effect()
     meter.risk_values()
     torch.testing.assert_close(state(), before, rtol=0, atol=0)
@@ -674,13 +676,11 @@ def test_a_fresh_adapter_then_a_trained_one() -> None:
 def test_precision(kind: str, dtype: torch.dtype, rel: float) -> None:
     """Of the weights in use: the same rounded weights in float64 give the numbers to compare with."""
     model, reference = pair(kind)
-    low = copy.deepcopy(model).to(dtype) if dtype == torch.bfloat16 else build(kind).float()
     low = copy.deepcopy(model)._apply(lambda x: x.type(dtype) if x.is_floating_point() else x)
     exact = copy.deepcopy(low)._apply(lambda x: x.double() if x.is_floating_point() else x)
     target = target_of("wga", reference, "gd")
     want = meter_of(exact, target).measure()
     got = meter_of(low, target).measure()
-    assert {v.dtype for v in meter_of(low, target).directions.values()} <= {dtype}
     for name in ("steps", "layers", "instances"):
         assert_close(got[name]["geffect"], want[name]["geffect"], rel)
     assert_close(totals(got["tokens"]), totals(want["tokens"]), rel)
@@ -848,8 +848,7 @@ MORE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", [*OTHERS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE)])
 def test_other_architectures(kind: str) -> None:
     """Totals, instances, tokens and positions against a backward pass for each row."""
-    attention = "eager" if kind in ("bloom", "gpt_oss", "mamba", "mamba2", "rwkv") else "sdpa"
-    model = build(kind, attention, **(OTHERS | MORE)[kind])
+    model = build(kind, None, **(OTHERS | MORE)[kind])
     if "num_experts" in (OTHERS | MORE)[kind]:
         model.set_experts_implementation("eager")  # the grouped product takes no float64
     reference = copy.deepcopy(model)

@@ -131,6 +131,7 @@ class GEffectCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 and state.global_step not in self.store.steps():
             self.pending = self.meter.measure()
+            self.meter.start_update()
             self.lr = kwargs["optimizer"].param_groups[0]["lr"]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -149,7 +150,7 @@ class GEffectCallback(TrainerCallback):
 
 
 def with_update(tables: Tables, meter: Meter) -> Tables:
-    """The tables of a measurement with the update effect of what the weights have become since."""
+    """The tables of a measurement with the update effect of what the weights have become since `start_update`."""
     update = meter.update_effect()
     steps = tables["steps"].assign(update_effect=update["totals"]["update_effect"])
     return tables | {"steps": steps, "updates": update["updates"]}

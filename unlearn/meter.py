@@ -107,8 +107,6 @@ class Meter:
     def measure(self) -> Tables:
         """The tables `steps` and `layers` of the present weights, and what else is wanted; columns as in the README.
 
-        The risks' gradients stay, for `update_effect`.
-
         Raises:
             FloatingPointError: an effect is not finite.
             ValueError: a module's output does not tell instances apart.
@@ -117,7 +115,6 @@ class Meter:
             values = self.risk_gradients()
             if not self.sites:
                 self.sites = self._find_sites()
-            self._before = self._dots(self.parameters)
             tables = self.tapped() if self.wanted.instances else self.plain()
             tables["steps"] = tables["steps"].assign(risk_value=[values[risk] for risk in RISKS], update_effect=math.nan)
             if self.wanted.tokens:
@@ -126,8 +123,12 @@ class Meter:
                 tables["sweep"] = self.swept()
         return tables
 
+    def start_update(self) -> None:
+        """Note the weights as they are now, before an update, along the risks' gradients measured last."""
+        self._before = self._dots(self.parameters)
+
     def update_effect(self) -> Tables:
-        """< theta' - theta, V >, theta' the present weights, theta those measured last: the tables `totals` and `updates`.
+        """< theta' - theta, V >, theta' the present weights, theta those at `start_update`: the tables `totals` and `updates`.
 
         To first order, how much each risk has changed by the update, in nats per token.
         """
