@@ -134,9 +134,11 @@ def prepare(cfg: DictConfig) -> utils.Family:
         raise ValueError(f"save_dir is missing: {cfg.model_path_cur or cfg.model_path} is of no run; give save_dir=FOLDER")
     cfg.save_dir = str(run) if cfg.save_dir is None else cfg.save_dir
     settings.check_folder(Path(cfg.save_dir))
-    if (folder := Path(cfg.save_dir, "geffect", "steps.csv")).exists() and not folder.with_name("config.yaml").exists():
-        raise ValueError(f"{folder.parent} was measured while unlearning (geffect.every); give save_dir=FOLDER")
-    utils.check_run(Path(cfg.save_dir, "geffect"), cfg, MAY_DIFFER)
+    folder = Path(cfg.save_dir, "geffect")
+    if (folder / "steps.csv").exists():
+        if not (folder / "config.yaml").exists():
+            raise ValueError(f"{folder} was measured while unlearning (geffect.every); give save_dir=FOLDER")
+        utils.check_run(folder, cfg, MAY_DIFFER)
     return family
 
 
@@ -155,8 +157,10 @@ def measure(cfg: DictConfig, family: utils.Family) -> None:
 
     folder = Path(cfg.save_dir, "geffect")
     utils.device()  # starts the process group
-    utils.open_run(folder, cfg)
     store = TableFolder(folder)
+    if not store.tables and utils.is_main_process():
+        (folder / "config.yaml").unlink(missing_ok=True)  # of a start that failed before it measured anything
+    utils.open_run(folder, cfg)
     steps, following = find_steps(cfg)
     names = ["layers", *(name for name in ("instances", "tokens", "positions") if cfg[name])]
     todo = [step for step, _ in steps if not store.has(step, names, list(parse_sweep(cfg)))]
@@ -165,8 +169,9 @@ def measure(cfg: DictConfig, family: utils.Family) -> None:
     else:
         for step, _ in steps:
             print_groups(store, step)
-    rates = learning_rates(run_of(cfg.model_path_cur))
-    store.replace("prediction", predictions(store.tables["steps"], rates))
+    foretold = predictions(store.tables["steps"], order_of(cfg), learning_rates(run_of(cfg.model_path_cur)))
+    if len(foretold):
+        store.replace("prediction", foretold)
     if utils.is_main_process():
         draw(folder)
     utils.say(f"{len(steps)} steps, {len(todo)} of them measured now; tables and figures are in {folder}")
@@ -205,12 +210,14 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
     from unlearn.scores import token_nlls
     from unlearn.training import enable_gradient_checkpointing
 
+    data, training = dataloader.unlearning_data(cfg), dataloader.unlearning_data(trained_on(cfg))
+    if len(data.held_out) > len(training.held_out):
+        raise ValueError(f"retain_holdout={cfg.retain_holdout}: the run held out {len(training.held_out)} rows only")
     bf16 = cfg.dtype not in ("float64", "float32") and utils.use_bfloat16(cfg.dtype, family)
     kind = torch.float64 if cfg.dtype == "float64" else getattr(torch, cfg.weights)
     model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16, kind)
     tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
-    data = dataloader.unlearning_data(cfg)
     risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
     objectives = [cfg, *parse_sweep(cfg).values()]
     rows = {"forget": risks["unlearn"], "idk": []}
@@ -221,7 +228,7 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
         nlls = token_nlls(model, rows["forget"], collate, bf16, cfg.batch_size, what="reference")
         rows["forget"] = [row | {"ref_nll": nll} for row, nll in zip(rows["forget"], nlls, strict=True)]
     reference = copy.deepcopy(model) if any(one.retain.reference for one in objectives) else None
-    beside = tokenize(dataloader.beside_rows(data.retain, cfg.geffect.retain_rows, len(data.forget), cfg.seed))
+    beside = tokenize(dataloader.beside_rows(training.retain, cfg.geffect.retain_rows, len(data.forget), cfg.seed))
     targets = [
         Target(build_loss(one, model, reference), rows[one.method.answers], beside if one.retain.term else ())
         for one in objectives
@@ -239,6 +246,23 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
         batch_size=cfg.batch_size,
         decode=lambda token: str(tokenizer.decode([token])),
     )
+
+
+def order_of(cfg: DictConfig) -> list[int]:
+    """The steps of the run that is measured, as far as its checkpoints are there, 0 first."""
+    folders = [] if cfg.model_path_cur is None else [Path(cfg.model_path_cur), Path(cfg.model_path_cur).parent]
+    there = next((found for folder in folders if (found := utils.run_checkpoints(folder))), [])
+    return [0, *(step for step, _ in there)]
+
+
+def trained_on(cfg: DictConfig) -> DictConfig:
+    """The configuration with as many retain rows held out as the run itself held out: the others it was trained on."""
+    run = run_of(cfg.model_path_cur)
+    if run is None:
+        return cfg
+    saved = yaml.safe_load((run / "config.yaml").read_text())["settings"]
+    same = {key: cfg[key] for key in ("data_path", "forget_data", "retain_data", "split")}
+    return OmegaConf.create(same | {"retain_holdout": saved["retain_holdout"]})
 
 
 def learning_rates(run: Path | None) -> dict[int, float]:

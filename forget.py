@@ -86,6 +86,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
         return utils.say(f"{folder} is done already: {steps} steps" + not_there(cfg, steps))
 
     from unlearn.checkpoints import load_model, load_tokenizer, pad_id, save_checkpoint
+    from unlearn.figures import draw
     from unlearn.geffect import GEffectCallback
     from unlearn.meter import Meter, Target, Wanted
     from unlearn.scores import token_mean, token_nlls
@@ -128,6 +129,8 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     losses = {name: {"start": token_mean(before[name]), "end": token_mean(after[name])} for name in measured}
     if utils.is_main_process():
         utils.write_json(folder / "logs" / "losses.json", losses | {"steps": steps, "training_seconds": round(seconds, 1)})
+        if cfg.geffect.every:
+            draw(folder / "geffect")
     utils.close_run(folder)
     for name, value in losses.items():
         utils.say(f"{name + ' loss':12} {value['start']:8.3f} -> {value['end']:8.3f} nats a token")

@@ -231,6 +231,7 @@ def test_what_a_user_gets_wrong(place: Path, tmp_path: Path) -> None:
         f"model_path_cur={RUN} tokens=3": ["tokens=3", "true or false"],
         f"model_path_cur={RUN} dtype=float64 weights=bfloat16 save_dir={tmp_path}": ["weights=bfloat16"],
         f"model_path_cur={RUN} instances=false positions=true save_dir={tmp_path}": ["positions=true"],
+        f"model_path_cur={RUN} retain_holdout=41 save_dir={tmp_path}": ["retain_holdout=41", "held out 40"],
         f"model_path_cur={RUN} lr=1": ["unknown key 'lr'", "model_path_cur"],
     }
     for settings, words in cases.items():
@@ -256,6 +257,7 @@ def test_measured_while_unlearning(place: Path, tmp_path: Path) -> None:
     assert (found / expected - 1).abs().max() < 1e-5
     prediction = table(tmp_path / "run/geffect", "prediction")
     assert [tuple(pair) for pair in prediction[["step", "next_step"]].drop_duplicates().to_numpy()] == [(0, 1), (5, 6)]
+    assert (tmp_path / "run/geffect/figures/prediction.pdf").exists()
     again = run_in(place, f"python compute_geffect.py model_path_cur={tmp_path}/run", check=False)
     assert again.returncode == 2
     assert "measured while unlearning" in again.stderr

@@ -744,17 +744,19 @@ def test_a_weight_used_without_its_module() -> None:
     assert "model.layers.0.mlp" in set(got["layers"]["module"])
 
 
-def test_a_weight_used_beside_its_module_is_refused() -> None:
+@pytest.mark.parametrize("norms", [True, False])
+def test_a_weight_used_beside_its_module_is_refused(norms: bool) -> None:
     model, reference = pair("llama")
     target = target_of("wga", reference)
     want = meter_of(model, target, Wanted(instances=False, tokens=True)).measure()
     use_weight_directly(model, call_too=True)
     with pytest.raises(ValueError, match=r"a weight\s+is used other than by calling its module \(instances=false does"):
-        meter_of(model, target).measure()
+        meter_of(model, target, Wanted(norms=norms)).measure()
     assert_same_tables(meter_of(model, target, Wanted(instances=False, tokens=True)).measure(), want)
 
 
-def test_dora_is_refused() -> None:
+@pytest.mark.parametrize("norms", [True, False])
+def test_dora_is_refused(norms: bool) -> None:
     """Its magnitudes divide by the norms of B A: the adapter's weights are used beside their modules."""
     peft = pytest.importorskip("peft")
     model, reference = pair("llama")
@@ -763,7 +765,7 @@ def test_dora_is_refused() -> None:
         p.data.add_(0.1)
     target = target_of("wga", reference)
     with pytest.raises(ValueError, match="instances=false does without"):
-        meter_of(model, target).measure()
+        meter_of(model, target, Wanted(norms=norms)).measure()
     plain = meter_of(model, target, Wanted(instances=False)).measure()
     assert_close(plain["steps"]["geffect"], slow_of_trained(model, target)["steps"])
 

@@ -30,6 +30,7 @@ from unlearn.risks import (
     Vectors,
     add_gradient,
     dot,
+    each_gradient,
     evaluating,
     gradients_into,
     on,
@@ -114,7 +115,10 @@ class Meter:
         with self.trained(True):
             values = self.risk_gradients()
             if not self.sites:
-                self.sites = self._find_sites()
+                sites = self._find_sites()
+                if self.wanted.instances and not self.wanted.norms:
+                    self._check_one_row(sites)
+                self.sites = sites
             tables = self.tapped() if self.wanted.instances else self.plain()
             tables["steps"] = tables["steps"].assign(risk_value=[values[risk] for risk in RISKS], update_effect=math.nan)
             if self.wanted.tokens:
@@ -191,6 +195,30 @@ class Meter:
         with evaluating(self.model):
             return find_sites(self.model, self.parameters, self.directions, on(row, self.model.device))
 
+    def _check_one_row(self, sites: list[Site]) -> None:
+        """Where no gradient of the whole loss is formed, the tap is checked once, on a row."""
+        dots = [0.0] * len(RISKS)
+        norms = [[0.0] * len(RISKS), [0.0] * len(RISKS)]  # squared, of the loss's gradient and of V
+
+        def take(name: str, gradient: Tensor) -> None:
+            for d, v in enumerate(self.directions[name]):
+                dots[d] += dot(gradient, v)
+                norms[0][d] += dot(gradient, gradient)
+                norms[1][d] += dot(v, v)
+
+        for batch in set_batches(self.target.forget[:1], [], 1, self.pad):
+            tap = Tap(sites, self.directions, 1)
+            with evaluating(self.model), each_gradient(self.parameters, take):
+                self._backward(tap, on(batch, self.model.device))
+            scale = [math.sqrt(g * v) for g, v in zip(*norms, strict=True)]
+            self._check_tap(tap.effects.sum((0, 1)).tolist(), dots, scale)
+
+    def _backward(self, tap: Tap, batch: Batch) -> None:
+        with tap.batch(batch):
+            with self._autocast():
+                loss = sum(self.target.loss(self.model, batch).values())
+            loss.backward()  # type: ignore[union-attr]
+
     def tapped(self) -> Tables:
         """Layer x instance (x position), by the tapped backward pass; with norms, the whole gradient beside it."""
         forget, retain = self.target.forget, self.target.retain
@@ -201,16 +229,14 @@ class Meter:
         measured = self.parameters if self.wanted.norms else {}
         with self.trained(self.wanted.norms), evaluating(self.model), gradients_into(sums, measured):
             for batch in self._batches(forget, retain, what="G-effects"):
-                with tap.batch(batch):
-                    with self._autocast():
-                        loss = sum(self.target.loss(self.model, batch).values())
-                    loss.backward()  # type: ignore[union-attr]
+                self._backward(tap, batch)
         over_processes([*tap.tables(), *sums.values()])
         by_instance = tap.effects.sum(1)  # (rows, D)
         totals = by_instance.sum(0).tolist()
         tables = {"steps": self._steps(totals, sums)}
         if sums:
-            self._check_tap(totals, tables["steps"], sums)
+            scale = list(tables["steps"]["objective_norm"] * tables["steps"]["risk_norm"])
+            self._check_tap(totals, _sums(self._dots(sums)), scale)
         tables["layers"] = self._by_site(tap.effects.sum(0).tolist())
         tables["instances"] = _by_instance(by_instance, len(forget))
         if tap.positions is not None:
@@ -288,11 +314,15 @@ class Meter:
         columns = {"risk": RISKS, "geffect": totals, "cosine": cosines, "objective_norm": norm, "risk_norm": risk_norms}
         return pd.DataFrame(columns)
 
-    def _check_tap(self, totals: list[float], steps: pd.DataFrame, gradient: Vectors) -> None:
-        """The whole gradient, where it is there, must give the same totals: else some weight is used past its module."""
+    def _check_tap(self, totals: Sequence[float], plain_totals: Sequence[float], scale: Sequence[float]) -> None:
+        """The gradient itself, where it is there, must give the same totals: else some weight is used past its module.
+
+        Args:
+            scale: the product of the norms.
+        """
         bound = 5e-2 if self.bf16 else TOLERANCE.get(self.model.dtype, 5e-2)
-        for tapped, plain, norms in zip(totals, _sums(self._dots(gradient)), steps.itertuples(), strict=True):
-            if abs(tapped - plain) > bound * norms.objective_norm * norms.risk_norm:
+        for tapped, plain, norms in zip(totals, plain_totals, scale, strict=True):
+            if abs(tapped - plain) > bound * norms:
                 raise ValueError(
                     f"{type(self.model).__name__}: the tapped pass gives {tapped:.6g}, the whole gradient {plain:.6g}: a weight"
                     " is used other than by calling its module (instances=false does without the tap)"

@@ -6,7 +6,7 @@ Letters: P parameters by name, D directions (the risks).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -74,24 +74,21 @@ def zeros(parameters: Mapping[str, Tensor], n: int | None = None) -> Vectors:
 
 
 @contextmanager
-def gradients_into(sums: Vectors, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """While entered, what a backward pass leaves in `.grad` is added to `sums` at once, and `.grad` is as it was after.
-
-    A gradient of half-precision weights is so summed over batches in float32: in bfloat16 a sum of 4000 is off by a third.
-    """
+def each_gradient(parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], Any]) -> Iterator[None]:
+    """While entered, `take(name, gradient)` gets what a backward pass leaves in `.grad`; `.grad` is as it was after."""
     before = {name: p.grad for name, p in parameters.items()}
 
-    def adder(total: Tensor) -> Callable[[Tensor], None]:
-        def add(p: Tensor) -> None:
+    def taker(name: str) -> Callable[[Tensor], None]:
+        def taken(p: Tensor) -> None:
             assert p.grad is not None
-            total.add_(p.grad)
+            take(name, p.grad)
             p.grad = None
 
-        return add
+        return taken
 
     for p in parameters.values():
         p.grad = None
-    handles = [p.register_post_accumulate_grad_hook(adder(sums[name])) for name, p in parameters.items()]
+    handles = [p.register_post_accumulate_grad_hook(taker(name)) for name, p in parameters.items()]
     try:
         yield
     finally:
@@ -99,6 +96,14 @@ def gradients_into(sums: Vectors, parameters: Mapping[str, nn.Parameter]) -> Ite
             handle.remove()
         for name, p in parameters.items():
             p.grad = before[name]
+
+
+def gradients_into(sums: Vectors, parameters: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
+    """While entered, gradients are added to `sums`.
+
+    Those of half-precision weights are so summed over batches in float32: in bfloat16 a sum of 4000 is off by a third.
+    """
+    return each_gradient(parameters, lambda name, gradient: sums[name].add_(gradient))
 
 
 @contextmanager

@@ -87,17 +87,20 @@ def write(folder: Path, name: str, table: pd.DataFrame) -> None:
         write_whole(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
 
 
-def predictions(steps: pd.DataFrame, lrs: Mapping[int, float]) -> pd.DataFrame:
+def predictions(steps: pd.DataFrame, order: Sequence[int], lrs: Mapping[int, float]) -> pd.DataFrame:
     """What the G-effects and the updates foretold of the risks' change from each step to the next, and the change.
 
     Args:
-        steps: the table `steps`.
+        steps: the table `steps`; where it lacks a step or the next one, nothing is said of it.
+        order: the steps of the run's checkpoints, 0 first: the update effect is to the next of them.
         lrs: the learning rate of each training step; -lr e is summed over those between, nan where one is not known.
     """
     rows = []
     for risk, table in steps.groupby("risk", sort=False):
-        for now, then in zip(table.itertuples(), table.iloc[1:].itertuples(), strict=False):
-            lr = sum(lrs.get(step, float("nan")) for step in range(now.step + 1, then.step + 1))
-            change = then.risk_value - now.risk_value
-            rows.append((now.step, then.step, risk, -lr * now.geffect, now.update_effect, change))
+        measured = {line.step: line for line in table.itertuples()}
+        for now, then in zip(order, order[1:], strict=False):
+            if now in measured and then in measured:
+                lr = sum(lrs.get(step, float("nan")) for step in range(now + 1, then + 1))
+                change = measured[then].risk_value - measured[now].risk_value
+                rows.append((now, then, risk, -lr * measured[now].geffect, measured[now].update_effect, change))
     return pd.DataFrame(rows, columns=["step", "next_step", "risk", "minus_lr_geffect", "update_effect", "risk_change"])
