@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import settings
 import utils
 from forget import build_loss, original_of
+from unlearn.files import fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,10 +160,12 @@ def measure(cfg: DictConfig, family: utils.Family) -> None:
     utils.device()  # starts the process group
     store = TableFolder(folder)
     if not store.tables and utils.is_main_process():
-        (folder / "config.yaml").unlink(missing_ok=True)  # of a start that failed before it measured anything
+        for left in ("config.yaml", "weights.json"):  # by a start that failed before it measured anything
+            (folder / left).unlink(missing_ok=True)
     utils.open_run(folder, cfg)
     steps, following = find_steps(cfg)
     names = ["layers", *(name for name in ("instances", "tokens", "positions") if cfg[name])]
+    check_weights(folder, steps)
     todo = [step for step, _ in steps if not store.has(step, names, list(parse_sweep(cfg)))]
     if todo:
         measure_steps(cfg, family, store, steps, following, todo)
@@ -175,6 +178,19 @@ def measure(cfg: DictConfig, family: utils.Family) -> None:
     if utils.is_main_process():
         draw(folder)
     utils.say(f"{len(steps)} steps, {len(todo)} of them measured now; tables and figures are in {folder}")
+
+
+def check_weights(folder: Path, steps: Steps) -> None:
+    """Note which weights each step is of. Raises ValueError where its tables are of others."""
+    file = folder / "weights.json"
+    noted = json.loads(file.read_text()) if file.exists() else {}
+    here = {str(step): fingerprint(Path(path)) if Path(path).is_dir() else path for step, path in steps}
+    if other := [step for step, weights in here.items() if noted.get(step, weights) != weights]:
+        raise ValueError(
+            f"{folder} has the G-effects of other weights at step {', '.join(other)}; remove it, or give save_dir=FOLDER"
+        )
+    if utils.is_main_process():
+        utils.write_json(file, noted | here)
 
 
 def measure_steps(

@@ -16,11 +16,13 @@ at the model's present weights, over the parameters that are trained.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -84,11 +86,19 @@ def meter_of(
             or `input_ids` and `labels`, each (T,), not shifted, -100 where no loss is.
         retain: the rows to keep, D_r.
         objective: a function of `Tokens` and `Counts` as in `unlearn.objectives`, or a `Loss` with a retain term.
-        reference: the model before unlearning, for an objective that compares with it.
+        reference: the model before unlearning, for an objective or a retain term that compares with it.
         beside: rows for the retain term.
+
+    Raises:
+        ValueError: there are no rows, or they are of two kinds; the retain term has none; the model trains no parameter.
     """
+    for name, given in (("forget", forget), ("retain", retain)):
+        if not len(given):
+            raise ValueError(f"{name}: no rows")
     rows = {name: _tokenized(given, tokenizer) for name, given in (("forget", forget), ("retain", retain), ("beside", beside))}
     loss = objective if isinstance(objective, Loss) else Loss(objective=objective)
+    if loss.retain is not None and loss.reference is None:
+        loss = replace(loss, reference=reference)
     pad = pad_id(tokenizer)
     target = rows["forget"]
     if reference is not None:
@@ -108,7 +118,11 @@ def meter_of(
 
 def _tokenized(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     texts = [row for row in rows if not isinstance(row, dict)]
-    return tokenize_pairs(texts, tokenizer) if texts else list(rows)  # type: ignore[arg-type]
+    if not texts:
+        return [{key: torch.as_tensor(value) for key, value in row.items()} for row in rows]  # type: ignore[union-attr]
+    if len(texts) < len(rows):
+        raise ValueError("rows: some are (prompt, answer) texts and some are tokens; give them all as one of the two")
+    return tokenize_pairs(texts, tokenizer)
 
 
 class GEffectCallback(TrainerCallback):
@@ -116,7 +130,7 @@ class GEffectCallback(TrainerCallback):
 
     The weights are measured as they are before the step; its update effect and the change of both risks that it brought
     are measured right after it. Training is not touched: its results are the same bits as without. The tables go to
-    `folder`, a step that stands there already is not measured again.
+    `folder`; a training that goes on from a checkpoint keeps what stands there of the steps before.
 
         trainer = Trainer(model=model, callbacks=[GEffectCallback(meter, every=5, folder="geffect")], ...)
     """
@@ -127,6 +141,7 @@ class GEffectCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.store = TableFolder(self.folder)
+        self.store.keep(state.global_step if state.global_step else -1)  # an earlier training's are not this one's
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 and state.global_step not in self.store.steps():

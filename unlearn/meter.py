@@ -101,7 +101,13 @@ class Meter:
     decode: Callable[[int], str] = str
 
     def __post_init__(self) -> None:
+        if self.wanted.positions and not self.wanted.instances:
+            raise ValueError("positions: only with instances")
+        if any((t.loss.retain is not None) != bool(t.retain) for t in (self.target, *self.sweep.values())):
+            raise ValueError("a retain term needs rows beside those to forget, and rows beside them a retain term")
         self.parameters = trainable(self.model)
+        if not self.parameters:
+            raise ValueError(f"{type(self.model).__name__}: no parameter of it requires a gradient")
         self.sites: list[Site] = []
         self.directions: Directions = {}
 

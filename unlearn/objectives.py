@@ -87,7 +87,7 @@ def mean_nll(tokens: Tokens, counts: Counts) -> Tensor:
 
 def kl(tokens: Tokens, counts: Counts) -> Tensor:
     """Mean over label positions of KL(reference || theta) over the vocabulary, in nats. arXiv 2401.06121."""
-    assert tokens.ref_logits is not None
+    assert tokens.ref_logits is not None, "kl compares with the reference model: its Loss needs `reference`"
     log_q = F.log_softmax(tokens.logits, dim=-1)
     log_p = F.log_softmax(tokens.ref_logits, dim=-1)
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / counts.tokens
@@ -95,5 +95,6 @@ def kl(tokens: Tokens, counts: Counts) -> Tensor:
 
 def reference_nll(tokens: Tokens) -> Tensor:
     """(M,) nats under the reference model; an objective that calls this says `reference: true` in its YAML."""
-    assert tokens.ref_nll is not None, "this objective compares with the reference model: its YAML needs `reference: true`"
+    needs = "its YAML needs `reference: true`, the library's call `reference=MODEL`"
+    assert tokens.ref_nll is not None, f"this objective compares with the reference model: {needs}"
     return tokens.ref_nll

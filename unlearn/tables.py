@@ -53,13 +53,22 @@ class TableFolder:
         for name in sorted(tables, key=lambda name: name == "steps"):
             rows = tables[name].copy()
             rows.insert(0, "step", step)
-            self.replace(name, pd.concat([*self._others(name, step), rows], ignore_index=True))
+            self.replace(name, pd.concat([*self._others(name, step, rows), rows], ignore_index=True))
 
-    def _others(self, name: str, step: int) -> list[pd.DataFrame]:
+    def _others(self, name: str, step: int, rows: pd.DataFrame) -> list[pd.DataFrame]:
+        """The rows that stay: of other steps, and of a sweep's other objectives."""
         if name not in self.tables:
             return []
         table = self.tables[name]
-        return [table[table["step"] != step]] if (table["step"] != step).any() else []
+        stay = table["step"] != step
+        if name == "sweep":
+            new = pd.MultiIndex.from_frame(rows[["method", "hyper_param"]])
+            stay |= ~pd.MultiIndex.from_frame(table[["method", "hyper_param"]]).isin(new)
+        return [table[stay]] if stay.any() else []
+
+    def keep(self, last: int) -> None:
+        """Forget the steps after `last`; what is written is written over when the next is measured."""
+        self.tables = {name: table[table["step"] <= last] for name, table in self.tables.items()}
 
     def replace(self, name: str, table: pd.DataFrame) -> None:
         """Make this the table, in the order of its steps, and write it."""
