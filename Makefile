@@ -12,19 +12,22 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# Fine-tune the tiny model on data/sample, unlearn forget10 in two ways, ask all three models the questions, and measure
-# the G-effects of both runs.
-TINY = data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0
+# Fine-tune the tiny model on data/sample (and on retain90 alone, to compare with), unlearn forget10 in two ways, score both
+# runs at all their checkpoints, and measure their G-effects.
+TINY = data/weight/ft_epoch40_lr0.001_tiny
 RUN = icml/tiny
+RUNS = $(RUN)/ga_*_forget10_5_0.0_None $(RUN)/npo_kl_*_forget10_5_0.0_None
 demo: setup
 	$(BIN)/python finetune.py model_family=tiny
+	$(BIN)/python finetune.py model_family=tiny split=retain90
 	$(BIN)/python basher1.py ga --model=tiny --setting=forget10
 	$(BIN)/python basher1.py npo_kl --model=tiny --setting=forget10
-	for model in $(TINY) $(RUN)/ga_*_forget10_5_0.0_None/checkpoint-12 $(RUN)/npo_kl_*_forget10_5_0.0_None/checkpoint-12; do \
-		$(BIN)/python tofu_evaluation.py model_family=tiny split=forget10 model_path=$$model || exit 1; done
+	$(BIN)/python tofu_evaluation.py split=forget10 model_path=$(TINY)_full_wd0.0 retain_path=$(TINY)_retain90_wd0.0
+	for run in $(RUNS); do for script in tofu_evaluation evaluation_everything; do \
+		$(BIN)/python $$script.py model_path=$$run retain_path=$(TINY)_retain90_wd0.0 || exit 1; done; done
 	$(BIN)/python basher2.py ga --model=tiny --setting=forget10
 	$(BIN)/python basher2.py npo_kl --model=tiny --setting=forget10 tokens=true
-	@echo "The figures are in $(RUN)/*/geffect/figures"
+	@echo "The scores are in $(RUN)/*/scores.csv, the figures in $(RUN)/*/figures, */geffect/figures and */checkpoint-*/eval_results/*/figures"
 
 test: setup
 	$(BIN)/python -m pytest

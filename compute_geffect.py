@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import settings
@@ -44,18 +43,9 @@ Steps = list[tuple[int, str]]
 # ---- what to measure, and where ----
 
 
-def run_of(path: str | None) -> Path | None:
-    """The folder of the unlearning run that a checkpoint is of, or the folder itself; None where it is of none."""
-    folders = [] if path is None else [Path(path), Path(path).parent]
-    for folder in folders:
-        if (folder / "config.yaml").exists() and "method" in yaml.safe_load((folder / "config.yaml").read_text())["settings"]:
-            return folder
-    return None
-
-
 def inherit(cfg: DictConfig, run: Path | None) -> None:
     """Fill in what is not given: as the run has it, else as forget.yaml has it."""
-    saved = {} if run is None else yaml.safe_load((run / "config.yaml").read_text())["settings"]
+    saved = {} if run is None else utils.saved_settings(run)
     default = utils.compose_config("forget")
     with open_dict(cfg):
         for key in INHERITED:
@@ -118,7 +108,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
         cfg.model_path_cur = utils.find_path(cfg.model_path_cur)
         if not utils.run_checkpoints(Path(cfg.model_path_cur)):
             settings.check_checkpoint("model_path_cur", cfg.model_path_cur)
-    run = run_of(cfg.model_path_cur)
+    run = utils.run_of(cfg.model_path_cur)
     inherit(cfg, run)
     family = settings.prepare(cfg, "forget_ge")
     settings.check_forget_data(cfg)
@@ -172,7 +162,7 @@ def measure(cfg: DictConfig, family: utils.Family) -> None:
     else:
         for step, _ in steps:
             print_groups(store, step)
-    foretold = predictions(store.tables["steps"], order_of(cfg), learning_rates(run_of(cfg.model_path_cur)))
+    foretold = predictions(store.tables["steps"], order_of(cfg), learning_rates(utils.run_of(cfg.model_path_cur)))
     if len(foretold):
         store.replace("prediction", foretold)
     if utils.is_main_process():
@@ -222,8 +212,8 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
 
     import dataloader
     from unlearn.checkpoints import load_model, load_tokenizer, pad_id
+    from unlearn.forcing import Pass, token_nlls
     from unlearn.meter import RISKS, Meter, Target, Wanted
-    from unlearn.scores import token_nlls
     from unlearn.training import enable_gradient_checkpointing
 
     data, training = dataloader.unlearning_data(cfg), dataloader.unlearning_data(trained_on(cfg))
@@ -240,8 +230,8 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
     if any(one.method.answers == "idk" for one in objectives):
         rows["idk"] = tokenize(dataloader.idk_rows(data.forget, cfg.seed))
     if any(one.method.reference for one in objectives):
-        collate = partial(dataloader.collate, pad=pad_id(tokenizer))
-        nlls = token_nlls(model, rows["forget"], collate, bf16, cfg.batch_size, what="reference")
+        how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, bf16, cfg.batch_size)
+        nlls = token_nlls(how, rows["forget"], what="reference")
         rows["forget"] = [row | {"ref_nll": nll} for row, nll in zip(rows["forget"], nlls, strict=True)]
     reference = copy.deepcopy(model) if any(one.retain.reference for one in objectives) else None
     beside = tokenize(dataloader.beside_rows(training.retain, cfg.geffect.retain_rows, len(data.forget), cfg.seed))
@@ -273,10 +263,10 @@ def order_of(cfg: DictConfig) -> list[int]:
 
 def trained_on(cfg: DictConfig) -> DictConfig:
     """The configuration with as many retain rows held out as the run itself held out: the others it was trained on."""
-    run = run_of(cfg.model_path_cur)
+    run = utils.run_of(cfg.model_path_cur)
     if run is None:
         return cfg
-    saved = yaml.safe_load((run / "config.yaml").read_text())["settings"]
+    saved = utils.saved_settings(run)
     same = {key: cfg[key] for key in ("data_path", "forget_data", "retain_data", "split")}
     return OmegaConf.create(same | {"retain_holdout": saved["retain_holdout"]})
 

@@ -6,7 +6,7 @@ Letters: B rows, T tokens of the longest of them.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,7 +36,7 @@ def read_split(data_path: str, name: str) -> list[dict[str, Any]]:
     return load_dataset(data_path, name, split="train").to_list()
 
 
-def prompt_and_answer(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> tuple[str, str]:
+def prompt_and_answer(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> tuple[str, str]:
     """All that stands before the answer, and the answer as it stands there: with the family's tags or chat template.
 
     Raises:
@@ -79,7 +79,9 @@ def _template_of(tokenizer: PreTrainedTokenizerBase, family: Family) -> str:
     return f"model_family={family.name}: the chat template of {tokenizer.name_or_path}"
 
 
-def tokenize(rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, family: Family, max_length: int) -> list[Row]:
+def tokenize(
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, family: Family, max_length: int
+) -> list[Row]:
     """Question-answer rows to token ids, with labels on the answer's tokens and one end-of-sequence token.
 
     The boundary is a character offset of the one tokenised text: a token that reaches past it is the answer's. A chat

@@ -22,7 +22,7 @@ from unlearn.files import count_parameters, written_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerCallback
 
     from unlearn.loss import Loss
 
@@ -87,9 +87,11 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
 
     from unlearn.checkpoints import load_model, load_tokenizer, pad_id, save_checkpoint
     from unlearn.figures import draw
+    from unlearn.forcing import Pass, token_mean, token_nlls
     from unlearn.geffect import GEffectCallback
     from unlearn.meter import Meter, Target, Wanted
-    from unlearn.scores import token_mean, token_nlls
+    from unlearn.results import ScoreCallback
+    from unlearn.score_figures import draw_scores
     from unlearn.training import train
 
     bf16 = utils.use_bfloat16(cfg.dtype, family)
@@ -101,9 +103,9 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     measured = {"forget": tokenize(data.forget), "retain": tokenize(data.held_out)}
     if cfg.method.answers == "idk":
         measured["idk"] = tokenize(dataloader.idk_rows(data.forget, cfg.seed))
-    nlls = partial(token_nlls, collate=partial(dataloader.collate, pad=pad), bf16=bf16)
+    how = Pass(model, pad, tokenizer.eos_token_id, bf16)
 
-    before = {name: nlls(model, rows, what=f"{name} loss before") for name, rows in measured.items()}
+    before = {name: token_nlls(how, rows, f"{name} loss before") for name, rows in measured.items()}
     target = measured.get("idk", measured["forget"])
     if cfg.method.reference:  # the model before unlearning is the reference, and this pass its log-probabilities
         target = [row | {"ref_nll": nll} for row, nll in zip(target, before["forget"], strict=True)]
@@ -112,25 +114,30 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
 
     began = time.time()
     publish = partial(save_checkpoint, folder, tokenizer, cfg.save_dtype)
-    how = utils.training_settings(cfg, family, steps, per_epoch)
+    training = utils.training_settings(cfg, family, steps, per_epoch)
     loss = build_loss(cfg, model, copy.deepcopy(model) if cfg.retain.reference else None)
     if loss.noise is not None and utils.is_main_process():
         save_noise(folder, loss.noise)
-    callbacks = []
+    callbacks: list[TrainerCallback] = []
     if cfg.geffect.every:
         beside = dataloader.beside_rows(retain, cfg.geffect.retain_rows, len(target), cfg.seed)
         risks = {"unlearn": measured["forget"], "retain": measured["retain"]}
         wanted = Wanted(instances=cfg.geffect.instances, norms=cfg.geffect.norms)
         meter = Meter(model, Target(loss, target, beside), risks, pad, wanted, bf16=bf16)
-        callbacks = [GEffectCallback(meter, cfg.geffect.every, folder / "geffect")]
-    train(model, loss, batches, how, folder, publish, callbacks)
+        callbacks.append(GEffectCallback(meter, cfg.geffect.every, folder / "geffect"))
+    if cfg.eval.every:
+        rows = {name: measured[name] for name in ("forget", "retain")}
+        callbacks.append(ScoreCallback(how, rows, cfg.eval.every, folder / "scores.csv"))
+    train(model, loss, batches, training, folder, publish, callbacks)
     seconds = time.time() - began
-    after = {name: nlls(model, rows, what=f"{name} loss after") for name, rows in measured.items()}
+    after = {name: token_nlls(how, rows, f"{name} loss after") for name, rows in measured.items()}
     losses = {name: {"start": token_mean(before[name]), "end": token_mean(after[name])} for name in measured}
     if utils.is_main_process():
         utils.write_json(folder / "logs" / "losses.json", losses | {"steps": steps, "training_seconds": round(seconds, 1)})
         if cfg.geffect.every:
             draw(folder / "geffect")
+        if cfg.eval.every:
+            draw_scores(folder)
     utils.close_run(folder)
     for name, value in losses.items():
         utils.say(f"{name + ' loss':12} {value['start']:8.3f} -> {value['end']:8.3f} nats a token")

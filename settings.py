@@ -235,6 +235,14 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sweep": LIST,
     "ds_size": _number(1, whole=True),
     "generation.max_length": _number(2, whole=True),
+    "generation.max_new_tokens": _number(1, whole=True),
+    "truth_ratio": _one_of("geometric", "arithmetic"),
+    "epsilon": _number(0),
+    "ps_p": _number(0),
+    "min_k": _number(0, strict=True),
+    "similar": BOOL,
+    "control": BOOL,
+    "eval.every": _number(0, whole=True),
     "dtype": _one_of("auto", "float32", "bfloat16"),
     "weights": _one_of("float32", "bfloat16"),
     "save_dtype": _one_of("float32", "bfloat16"),
@@ -250,7 +258,8 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss_on_answer_tag": BOOL,
     "debug": BOOL,
 }
-VALID_OF = {"forget_ge": {"dtype": _one_of("auto", "float32", "bfloat16", "float64")}}  # of one configuration
+FLOAT64 = {"dtype": _one_of("auto", "float32", "bfloat16", "float64")}
+VALID_OF = {"forget_ge": FLOAT64, "eval_tofu": FLOAT64, "eval_everything": FLOAT64}  # of one configuration
 NULLABLE = {
     "split",
     "step",
@@ -265,6 +274,8 @@ NULLABLE = {
     "hyper_param",
     "gradient_checkpointing",
     "ds_size",
+    "generation.max_length",
+    "generation.max_new_tokens",
     "logger",
 }
 
@@ -273,7 +284,11 @@ def check_values(cfg: DictConfig, config_name: str) -> None:
     """Raises ValueError for a value of the wrong type or range, or a key that the configuration does not have."""
     if "method" in cfg and config_name not in ("forget", "forget_ge"):
         raise ValueError(f"the configuration is forget's: is --config-name={config_name} meant?")
-    defaults = defaults_of(cfg, config_name)
+    check_against(cfg, defaults_of(cfg, config_name), config_name)
+
+
+def check_against(cfg: DictConfig, defaults: DictConfig, config_name: str) -> None:
+    """Raises ValueError as `check_values` does, the defaults being given."""
     known = flatten(defaults)
     if missing := [key for key in known if key not in flatten(cfg)]:
         lacks = dict.fromkeys(key.partition(".")[0] for key in missing)
@@ -323,13 +338,13 @@ OPTIMIZER_NUMBERS = {"sgd": 0, "adafactor": 0}  # that it keeps of each paramete
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, key: str = "save_dir") -> None:
     """Raises ValueError where the folder can't be made or written."""
     there = nearest(folder)
     if not there.is_dir():
-        raise ValueError(f"save_dir={folder}: {there} is a file")
+        raise ValueError(f"{key}={folder}: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"save_dir={folder}: {there} can't be written")
+        raise ValueError(f"{key}={folder}: {there} can't be written")
 
 
 def nearest(folder: Path) -> Path:
@@ -417,6 +432,36 @@ def check_checkpoint(key: str, path: str) -> None:
     if Path(path).is_dir():
         what = why_no_checkpoint(Path(path)) or what
     raise ValueError(f"{key}={path}: {what}" + (f"; there are {', '.join(inside)}" if inside else ""))
+
+
+def check_architecture(key: str, path: str, family: Family) -> None:
+    """Raises ValueError where the checkpoint has another architecture or vocabulary than the family's model (if it is here)."""
+    there, of_family = _model_config(path), _model_config(family.hf_key)
+    if there is not None and of_family is not None:
+        for name in ("model_type", "vocab_size"):
+            if there.get(name) != of_family.get(name):
+                raise ValueError(
+                    f"{key}={path}: has {name} {there.get(name)}, and model_family={family.name} {of_family.get(name)};"
+                    f" the families are {', '.join(load_families())}"
+                )
+
+
+def _model_config(path: str) -> dict[str, Any] | None:
+    """A model's config.json, in a folder or in the hub's cache; None where it is in neither."""
+    file = Path(path, "config.json")
+    if not Path(path).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(path, "config.json")
+        except HFValidationError:  # no name of the hub's
+            return None
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    config: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+    return config
 
 
 def check_layer(model_path: str, layer: int) -> None:

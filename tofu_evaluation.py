@@ -1,70 +1,265 @@
-"""How much a model says of the answers to forget and of the held-out answers to keep: greedy decoding, ROUGE-L recall.
+"""TOFU's scores of a model, or of all checkpoints of a run: ROUGE-L, probability, truth ratio, Model Utility, Forget Quality.
 
     torchrun --nproc_per_node=1 --master_port=18765 tofu_evaluation.py split=forget05 model_family=phi model_path=CKPT
+    python tofu_evaluation.py model_path=RUN retain_path=RETAIN
+    python tofu_evaluation.py --config-name=aggregate_eval_stat ckpt_result=A retain_result=B save_file=C
 
-Every key stands in config/eval_tofu.yaml and config/common.yaml.
+The last scores two logs in TOFU's format, with no model. Every key stands in config/eval_tofu.yaml (or
+config/aggregate_eval_stat.yaml) and config/common.yaml.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
+import evaluation
 import settings
 import utils
 
+# What may differ when an evaluation is started again: it is scored anew, and nothing is measured anew.
+MAY_DIFFER = {"retain_result", "retain_path", "original_path", "truth_ratio", "epsilon", "method_name", "submitted_by"}
+SETS = {"retain": "retain_perturbed", "real_authors": "real_authors_perturbed", "real_world": "world_facts_perturbed"}
+
+
+# ---- before anything is loaded ----
+
 
 def prepare(cfg: DictConfig) -> utils.Family:
-    """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
-    family = settings.prepare(cfg, "eval_tofu")
-    settings.check_forget_data(cfg)
-    if not cfg.model_path:
-        raise ValueError("model_path is missing: the folder (or hub name) of the model to evaluate")
-    cfg.model_path = utils.find_path(cfg.model_path)
-    settings.check_checkpoint("model_path", cfg.model_path)
-    if cfg.save_dir is None:
-        cfg.save_dir = f"{cfg.model_path}/eval_results/ds_size{cfg.ds_size}"
+    """Fill in what the run and the family decide, and refuse what cannot work before anything is loaded."""
+    family = evaluation.prepare(cfg, "eval_tofu")
+    if cfg.retain_result is not None and cfg.retain_path is not None:
+        raise ValueError(f"retain_result={cfg.retain_result} and retain_path={cfg.retain_path}: give one of the two")
+    if cfg.generation.max_length is None and cfg.generation.max_new_tokens is None:
+        raise ValueError("generation.max_length=null: give generation.max_new_tokens=N")
+    if cfg.forget_data is None:
+        for split in (*SETS.values(), f"{cfg.split}_perturbed"):
+            settings.check_split(cfg.data_path, split)
+    if cfg.retain_result is not None and (rows := rows_at_hand(cfg)) is not None:
+        check_questions(cfg, rows)
     return family
 
 
-def run(cfg: DictConfig) -> dict[str, float]:
+def rows_at_hand(cfg: DictConfig) -> list[dict[str, Any]] | None:
+    """The forget rows that will be asked, None where only `datasets` has them."""
+    file = Path(cfg.forget_data or Path(cfg.data_path, f"{cfg.split}_perturbed.json"))
+    return utils.read_jsonl(file)[: cfg.ds_size] if file.exists() else None
+
+
+def read_log(key: str, path: str) -> dict[str, Any]:
+    """An eval_log_aggregated.json. Raises ValueError where it is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"{key}={path}: no such file")
+    try:
+        log = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{key}={path}: not JSON ({error})") from error
+    from unlearn.tofu import check_log
+
+    check_log(log, f"{key}={path}")
+    return dict(log)
+
+
+def check_questions(cfg: DictConfig, rows: list[dict[str, Any]]) -> None:
+    """Raises ValueError where the retain log does not answer the questions that will be asked."""
+    texts = read_log("retain_result", cfg.retain_result)["eval_log_forget.json"]["generated_text"]
+    there = [texts[row][-1].strip() for row in sorted(texts, key=int)]
+    if there != [row["answer"].strip() for row in rows]:
+        raise ValueError(
+            f"retain_result={cfg.retain_result}: answers other questions: {len(there)} forget rows,"
+            f" and split={cfg.split} with ds_size={cfg.ds_size} has {len(rows)}, or other ones"
+        )
+
+
+# ---- the work ----
+
+
+def run(cfg: DictConfig) -> None:
+    if "ckpt_result" in cfg:
+        return aggregate_logs(cfg)
     family = prepare(cfg)
+    sets = read_sets(cfg)
+    if cfg.retain_result is not None:
+        check_questions(cfg, sets["forget"])
+    measure = functools.cache(functools.partial(measure_set, cfg, evaluation.Models(cfg, family), sets))
+    for target in evaluation.targets(cfg):
+        with utils.alone(target.folder):
+            evaluate(cfg, target, list(sets), measure)
 
+
+def read_sets(cfg: DictConfig) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each set, `ds_size` at most."""
     import dataloader
-    from unlearn.checkpoints import load_model, load_tokenizer, pad_id
-    from unlearn.scores import greedy_answers, rouge_l_recalls, token_mean, token_nlls
 
-    tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
-    bf16 = utils.use_bfloat16(cfg.dtype, family)
-    model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16)
-    collate = partial(dataloader.collate, pad=pad_id(tokenizer))
+    if cfg.forget_data is not None:
+        data = dataloader.unlearning_data(cfg)
+        return {"retain": data.held_out[: cfg.ds_size], "forget": data.forget[: cfg.ds_size]}
+    names = SETS | {"forget": f"{cfg.split}_perturbed"}
+    return {name: dataloader.read_split(cfg.data_path, split)[: cfg.ds_size] for name, split in names.items()}
 
-    data = dataloader.unlearning_data(cfg)
-    scores: dict[str, float] = {}
-    rows = []
-    for name, texts in (("forget", data.forget[: cfg.ds_size]), ("retain", data.held_out[: cfg.ds_size])):
-        tokenized = dataloader.tokenize(texts, tokenizer, family, cfg.max_length)
-        answers = greedy_answers(model, tokenized, tokenizer, bf16, cfg.generation.max_length)
-        recalls = rouge_l_recalls(answers, [row["answer"] for row in texts])
-        scores[f"{name}_rougeL_recall"] = sum(recalls) / len(recalls)
-        scores[f"{name}_loss"] = token_mean(token_nlls(model, tokenized, collate, bf16))
-        rows += [
-            {"data": name, "row": i, "rougeL_recall": recall, "generated_text": answer}
-            for i, (recall, answer) in enumerate(zip(recalls, answers, strict=True))
-        ]
-        utils.say(
-            f"{name:7} ROUGE-L recall {scores[f'{name}_rougeL_recall']:.3f}   loss {scores[f'{name}_loss']:.3f} nats a token"
-        )
 
+def measure_set(
+    cfg: DictConfig,
+    models: evaluation.Models,
+    sets: dict[str, list[dict[str, Any]]],
+    path: str,
+    name: str,
+    answers: bool = True,
+) -> dict[str, Any]:
+    """One set's part of a model's log."""
+    from unlearn.asking import measure_task
+    from unlearn.tofu import REAL
+
+    how = models.at(path)
+    return measure_task(
+        how,
+        models.tokenizer,
+        sets[name],
+        models.tokenize,
+        real=name in REAL,
+        answers=answers,
+        max_length=cfg.generation.max_length,
+        max_new_tokens=cfg.generation.max_new_tokens,
+        what=name,
+    )
+
+
+def retain_log(cfg: DictConfig, target: evaluation.Target, measure: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
+    """The retain model's log, of the forget rows at least; None where there is no such model.
+
+    One that was measured stays in the results' folder: those rows are not measured anew to be scored otherwise.
+    """
+    if cfg.retain_result is not None:
+        return read_log("retain_result", cfg.retain_result)
+    if cfg.retain_path is None:
+        return None
+    file, weights = target.folder / "retain_model.json", evaluation.weights_of(cfg.retain_path)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if found.get("weights") != weights:
+        log = {"eval_log_forget.json": measure(cfg.retain_path, "forget", answers=False)}
+        found = {"model": cfg.retain_path, "weights": weights, "log": log}
+        if utils.is_main_process():
+            utils.write_json(file, found)
+    return dict(found["log"])
+
+
+def evaluate(cfg: DictConfig, target: evaluation.Target, sets: list[str], measure: Callable[..., dict[str, Any]]) -> None:
+    from unlearn import tofu
+
+    progress = evaluation.Progress(cfg, target, "tofu_evaluation", MAY_DIFFER, [target.path])
+    log_file = target.folder / "eval_log_aggregated.json"
+    if progress.finished and log_file.exists():
+        log = json.loads(log_file.read_text())
+    else:
+        names = [name for name in tofu.TASKS if name in sets]
+        log = {tofu.TASKS[name][0]: progress.part(name, functools.partial(measure, target.path, name)) for name in names}
+        if utils.is_main_process():
+            utils.write_json(log_file, log)
+    found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon)
+    other = retain_log(cfg, target, measure) if "truth_ratio" in found["forget"] else None
+    found["forget_quality"] = (
+        no_quality(cfg, found) if other is None else tofu.forget_quality(log, other, cfg.truth_ratio, cfg.epsilon)
+    )
     if utils.is_main_process():
-        utils.write_csv(Path(cfg.save_dir, "rouge_rows.csv"), rows)
-        utils.write_json(
-            Path(cfg.save_dir, "scores.json"), scores | {"settings": utils.flatten(cfg), "versions": utils.versions()}
-        )
-    utils.say(f"{cfg.model_path}: scores are in {cfg.save_dir}")
-    return scores
+        write(cfg, target, progress, found)
+    progress.close()
+    report(found)
+    utils.say(f"{target.path}: the log and the scores are in {target.folder}")
+
+
+def no_quality(cfg: DictConfig, found: dict[str, Any]) -> str:
+    """Why there is no Forget Quality, and what would give it."""
+    if "truth_ratio" not in found["forget"]:
+        return f"not available: rows of forget_data={cfg.forget_data} lack perturbed_answer, a list of wrong answers"
+    published = utils.load_family(cfg.model_family).retain_model_path if "model_family" in cfg else None
+    name = utils.RETAIN_OF[cfg.split] if "split" in cfg else "the retain split"
+    like = f", such as {published.format(split=name)}" if published else ""
+    return f"not available: no retain model; give retain_result=LOG or retain_path=a model trained on {name} only{like}"
+
+
+def write(cfg: DictConfig, target: evaluation.Target, progress: evaluation.Progress, found: dict[str, Any]) -> None:
+    from unlearn.tofu import TASKS
+
+    method = cfg.method_name or (target.run.name if target.run else Path(target.path).name)
+    write_statistics(target.folder / "aggregate_stat.csv", found, method, cfg.submitted_by)
+    sections = {"tofu": found, "definitions": definitions(cfg), "from": {"tofu_evaluation": progress.record}}
+    evaluation.write_scores(target, sections)
+    columns = {f"{name}_{key}": value for name in TASKS if name in found for key, value in found[name].items() if key != "rows"}
+    quality = found["forget_quality"] if isinstance(found["forget_quality"], dict) else {}
+    columns |= {"model_utility": found.get("model_utility")}
+    columns |= {"forget_quality": quality.get("p"), "forget_quality_D": quality.get("D")}
+    evaluation.add_row(target, {"split": cfg.split, "ds_size": cfg.ds_size} | columns)
+
+
+def write_statistics(file: Path, found: dict[str, Any], method: str, submitted_by: str | None) -> None:
+    """One line in TOFU's aggregate_stat.csv format."""
+    from unlearn.tofu import columns
+
+    quality = found["forget_quality"]
+    quality = quality["p"] if isinstance(quality, dict) else "not available"
+    row = columns(found) | {"Forget Quality": quality, "Method": method, "Submitted By": submitted_by or ""}
+    utils.write_csv(file, [row])
+
+
+def definitions(cfg: DictConfig) -> dict[str, Any]:
+    tag = "the answer tag counted, too" if cfg.get("loss_on_answer_tag") else "the answer tag not counted"
+    return {
+        "probability": f"exp(-mean loss of the answer's tokens, end-of-sequence counted, {tag})",
+        "truth_ratio": f"{cfg.truth_ratio}, epsilon {cfg.epsilon}",
+        "rouge": "ROUGE-L recall of the greedy answer, with stemming",
+        "model_utility": "harmonic mean of the nine scores of retain, real_authors and real_world",
+        "forget_quality": "p-value and D of the two-sample Kolmogorov-Smirnov test on the forget truth ratios; n rows of each",
+    }
+
+
+def report(found: dict[str, Any]) -> None:
+    """The scores as a small table on standard error."""
+    from unlearn.tofu import KINDS, TASKS
+
+    for name, (_, title) in TASKS.items():
+        if name in found:
+            values = "  ".join(f"{kind} {found[name][key]:.4f}" for key, kind in KINDS.items() if key in found[name])
+            utils.say(f"{title:13} {values}  ({found[name]['rows']} rows)")
+    if "model_utility" in found:
+        utils.say(f"Model Utility {found['model_utility']:.4f}")
+    quality = found["forget_quality"]
+    text = quality if isinstance(quality, str) else f"p = {quality['p']:.3g}, D = {quality['D']:.3f}, n = {quality['n']}"
+    utils.say(f"Forget Quality {text}")
+
+
+# ---- two logs and no model ----
+
+
+def aggregate_logs(cfg: DictConfig) -> None:
+    """TOFU's scores of `ckpt_result`, against `retain_result` where it is given, as the CSV `save_file`."""
+    settings.check_against(cfg, utils.compose_config("aggregate_eval_stat"), "aggregate_eval_stat")
+    for key in ("ckpt_result", "save_file"):
+        if not cfg[key]:
+            raise ValueError(f"{key} is missing")
+    settings.check_folder(Path(cfg.save_file).parent, "save_file")
+    if Path(cfg.save_file).is_dir() or Path(cfg.save_file).suffix == ".json":
+        raise ValueError(f"save_file={cfg.save_file}: needs to be the name of a CSV file")
+    details = Path(cfg.save_file).with_suffix(".json")
+    if details.resolve() in {Path(given).resolve() for given in (cfg.ckpt_result, cfg.retain_result) if given}:
+        raise ValueError(f"save_file={cfg.save_file}: the details beside it, {details}, would take the place of a log")
+    log = read_log("ckpt_result", cfg.ckpt_result)
+    other = read_log("retain_result", cfg.retain_result) if cfg.retain_result else None
+    from unlearn import tofu
+
+    found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon)
+    found["forget_quality"] = (
+        no_quality(cfg, found) if other is None else tofu.forget_quality(log, other, cfg.truth_ratio, cfg.epsilon)
+    )
+    write_statistics(Path(cfg.save_file), found, cfg.method_name or Path(cfg.ckpt_result).stem, cfg.submitted_by)
+    record = {"settings": utils.flatten(cfg), "versions": utils.versions()}
+    utils.write_json(details, evaluation.no_nan(found | {"definitions": definitions(cfg)} | record))
+    report(found)
+    utils.say(f"{cfg.save_file} has the scores; D, n and the definitions are in {details}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ UNNAMED = {
     *("model_family", "split", "lr", "num_epochs", "weight_decay", "hyper_param", "method.layer"),
     *("model_path", "hf_key", "data_path", "forget_data", "retain_data", "save_dir", "output_dir"),
     *("gradient_checkpointing", "save_steps", "save_dtype", "logger", "debug", "method.name", "method.run_name", "retain.name"),
-    *("geffect.every", "geffect.retain_rows", "geffect.instances", "geffect.norms"),
+    *("eval.every", "geffect.every", "geffect.retain_rows", "geffect.instances", "geffect.norms"),
 }
 # What may differ when a run is started again.
 PLACES = {"save_dir", "output_dir", "debug", "logger", "save_steps", "gradient_checkpointing"}
@@ -183,9 +183,11 @@ def override_suffix(cfg: DictConfig, config_name: str) -> str:
     return "".join(f"_{key}={value}" for key, value in sorted(changed.items()) if key not in copies)
 
 
-def check_run(folder: Path, cfg: DictConfig, may_differ: set[str] | frozenset[str] = frozenset()) -> None:
+def check_run(
+    folder: Path, cfg: DictConfig, may_differ: set[str] | frozenset[str] = frozenset(), name: str = "config.yaml"
+) -> None:
     """Raises ValueError where the folder holds a run of other settings: which ones, and both values."""
-    file = folder / "config.yaml"
+    file = folder / name
     if file.exists():
         before, now = flatten(yaml.safe_load(file.read_text())["settings"]), flatten(run_settings(cfg))
         differ = [key for key in now if key not in PLACES | may_differ and before.get(key, now[key]) != now[key]]
@@ -197,10 +199,27 @@ def check_run(folder: Path, cfg: DictConfig, may_differ: set[str] | frozenset[st
 def open_run(folder: Path, cfg: DictConfig) -> None:
     """Make the run's folder with its config.yaml: all settings, their hash, and the versions of what it runs on."""
     if is_main_process() and not (folder / "config.yaml").exists():
-        made_of = run_settings(cfg)
-        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        record = {"settings": made_of, "hash": digest, "versions": versions()}
-        write_whole(folder / "config.yaml", yaml.safe_dump(record, sort_keys=False))
+        write_whole(folder / "config.yaml", yaml.safe_dump(record_of(cfg), sort_keys=False))
+
+
+def record_of(cfg: DictConfig) -> dict[str, Any]:
+    """What a result came from: all settings, their hash, and the versions of what it ran on."""
+    made_of = run_settings(cfg)
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return {"settings": made_of, "hash": digest, "versions": versions()}
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run folder's config.yaml; none where there is none."""
+    file = folder / "config.yaml"
+    record = yaml.safe_load(file.read_text()) if file.exists() else None
+    return record["settings"] if isinstance(record, dict) and "settings" in record else {}
+
+
+def run_of(path: str | None) -> Path | None:
+    """The folder of the unlearning run that a checkpoint is of, or the folder itself; None where it is of none."""
+    folders = [] if path is None else [Path(path), Path(path).parent]
+    return next((folder for folder in folders if "method" in saved_settings(folder)), None)
 
 
 def run_settings(cfg: DictConfig) -> dict[str, Any]:

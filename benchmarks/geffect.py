@@ -63,12 +63,12 @@ import dataloader
 import utils
 from unlearn.checkpoints import load_model, load_tokenizer, pad_id
 from unlearn.files import write_whole
+from unlearn.forcing import Pass, token_nlls
 from unlearn.loss import Loss
 from unlearn.meter import RISKS, Meter, Target, Wanted
 from unlearn.objectives import Objective, mean_nll, npo, tnpo, wga, wtnpo
 from unlearn.risks import on, set_batches
 from unlearn.rows import Row, counts
-from unlearn.scores import token_nlls
 from unlearn.tap import find_sites
 from unlearn.tokens import IGNORE, Counts, Tokens, token_outputs
 from unlearn.training import peak_memory
@@ -385,7 +385,7 @@ def build(cfg: DictConfig, family: utils.Family, args: argparse.Namespace) -> Be
     tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
     pad = pad_id(tokenizer)
     forget, retain = (dataloader.tokenize(rows, tokenizer, family, cfg.max_length) for rows in first_rows(cfg, args))
-    nlls = token_nlls(model, forget, partial(dataloader.collate, pad=pad), bf16, what="reference log-probabilities")
+    nlls = token_nlls(Pass(model, pad, tokenizer.eos_token_id, bf16), forget, what="reference log-probabilities")
     forget = [row | {"ref_nll": nll} for row, nll in zip(forget, nlls, strict=True)]
     disturb(model, args.seed)
     target = Target(Loss(OBJECTIVE), forget)

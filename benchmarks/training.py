@@ -60,7 +60,7 @@ import dataloader
 import forget
 import utils
 from unlearn.checkpoints import load_model, load_tokenizer, pad_id
-from unlearn.scores import token_nlls
+from unlearn.forcing import Pass, token_nlls
 from unlearn.tokens import IGNORE
 from unlearn.training import peak_memory, train
 
@@ -318,7 +318,7 @@ def compare(cfg: DictConfig, family: utils.Family, args: argparse.Namespace) -> 
     reference_seconds = 0.0
     if cfg.method.reference:
         began = now()
-        nlls = token_nlls(model, rows, lambda part: dataloader.collate(part, pad), bf16, what="reference log-probabilities")
+        nlls = token_nlls(Pass(model, pad, tokenizer.eos_token_id, bf16), rows, what="reference log-probabilities")
         reference_seconds = now() - began
         rows = [row | {"ref_nll": nll} for row, nll in zip(rows, nlls, strict=True)]
     steps = 2 + args.rounds * args.steps

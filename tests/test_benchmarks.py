@@ -177,3 +177,62 @@ def test_too_many_rows_are_refused(young: Path) -> None:
     failed = run_in(ROOT, f"python benchmarks/geffect.py --model={young} {EFFECTS} --retain=400", check=False)
     assert failed.returncode == 2
     assert "--retain=400: there are 40 such rows" in failed.stderr.splitlines()[-1]
+
+
+# ---- the scores ----
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """The page and all the numbers, of a model that has learnt the first three rows of five of each kind."""
+    folder = tmp_path_factory.mktemp("scores")
+    splits = (ROOT / "data/sample" / f"{name}.json" for name in ("forget05_perturbed", "retain_perturbed"))
+    learnt = folder / "learnt.jsonl"
+    learnt.write_text("\n".join(line for split in splits for line in split.read_text().splitlines()[:3]))
+    files = f"split=retain95 retain_data={learnt} forget_data={learnt} save_dir={folder / 'model'}"
+    steps = "num_epochs=17 lr=3e-3 batch_size=3 gradient_accumulation_steps=1"
+    run_in(ROOT, f"python finetune.py model_family=tiny {files} {steps}")
+    options = f"--data=data/sample --family=tiny --rows=10 --batch=4 --rounds=2 --threads=1 --output={folder / 'scores.md'}"
+    done = run_in(ROOT, f"python benchmarks/scores.py --model={folder / 'model'} {options}")
+    assert done.stdout == (folder / "scores.md").read_text()
+    return done.stdout, json.loads((folder / "scores.json").read_text())
+
+
+def test_every_way_of_scoring_gives_the_same_scores(raced: tuple[str, dict[str, Any]]) -> None:
+    page, numbers = raced
+    assert 0 < numbers["rows"]["to_the_end"] < 1
+    found = {name: case["found"] for name, case in numbers["cases"].items()}
+    assert found["bisection"]["ps"] == pytest.approx(found["one_pass"]["ps"])
+    assert "10 of 10 rows have the same PS" in page
+    for name in ("padded", "longest"):
+        assert len(found[name]["losses"]) == 10 * (2 + 5)
+        assert found[name]["losses"] == pytest.approx(found["ours"]["losses"], rel=1e-3, abs=1e-5)
+        pairs = zip(found["ours"]["texts"], found[name]["texts"], strict=True)
+        assert all(ours.startswith(plain) for ours, plain in pairs)
+        assert numbers["agreement"][name]["differ"] == []
+    assert "EXCEEDED" not in page
+
+
+def test_the_ratios_of_scores_are_of_the_seconds(raced: tuple[str, dict[str, Any]]) -> None:
+    page, numbers = raced
+    seconds = {name: case["seconds"]["total"]["values"] for name, case in numbers["cases"].items()}
+    assert [(target["above"], target["bound"]) for target in numbers["targets"]] == [
+        ("bisection", 10),
+        ("padded", 4),
+        ("longest", 1.5),
+    ]
+    for target in numbers["targets"]:
+        pairs = zip(seconds[target["above"]], seconds[target["below"]], strict=True)
+        assert target["ratio"]["values"] == pytest.approx([above / below for above, below in pairs])
+    parts = [{part: at["seconds"] for part, at in of.items()} for of in numbers["cases"]["padded_texts"]["parts"]]
+    assert seconds["padded_texts"] == pytest.approx([sum(part.values()) for part in parts])
+    for name in numbers["cases"]:
+        assert f"\n| {name} | " in page
+
+
+def test_the_plain_way_pads_and_decodes_more(raced: tuple[str, dict[str, Any]]) -> None:
+    cases = raced[1]["cases"]
+    assert cases["padded"]["parts"][0]["losses"]["positions"] == 10 * (2 + 5) * 200
+    assert cases["longest"]["positions"] < cases["padded"]["positions"]
+    assert cases["ours"]["decoded"] < cases["longest"]["decoded"] == cases["padded"]["decoded"]
+    assert cases["one_pass"]["decoded"] == 0 < cases["bisection"]["decoded"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -339,11 +340,12 @@ def test_a_chat_from_fine_tuning_to_evaluation(tmp_path: Path, monkeypatch: pyte
     training = ["batch_size=1", "gradient_accumulation_steps=1", "lr=2e-3", "save_steps=1000"]
 
     finetune.run(utils.compose_config("finetune", [*common, *training, "num_epochs=100", "save_dir=tuned"]))
-    learnt = tofu_evaluation.run(utils.compose_config("eval_tofu", [*common, "model_path=tuned"]))
+    tofu_evaluation.run(utils.compose_config("eval_tofu", [*common, "model_path=tuned", "split=forget10"]))
+    learnt = json.loads(Path("tuned/eval_results/ds_size300/scores.json").read_text())["tofu"]
     forget.run(utils.compose_config("forget", [*common, *training, "model_path=tuned", "num_epochs=4", "save_dir=run"]))
     losses = json.loads(Path("run/logs/losses.json").read_text())
-    assert (learnt["forget_rougeL_recall"], learnt["retain_rougeL_recall"]) == (1, 1)
-    assert losses["forget"]["start"] == pytest.approx(learnt["forget_loss"], rel=1e-4)
+    assert (learnt["forget"]["rouge"], learnt["retain"]["rouge"]) == (1, 1)
+    assert math.exp(-losses["forget"]["start"]) == pytest.approx(learnt["forget"]["probability"], rel=1e-4)
     assert losses["forget"]["end"] > losses["forget"]["start"] + 0.1
     assert AutoTokenizer.from_pretrained("run/checkpoint-4").chat_template == TEMPLATES["llama3"]
 

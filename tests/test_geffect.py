@@ -311,13 +311,13 @@ def slow_tokens(kind: str, name: str) -> list[tuple[int, int, int, float, dict[t
 
 @pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "llama, tied"])  # qwen2's and gemma's heads are tied
 def test_every_table_is_the_slow_way(kind: str, name: str, term: str) -> None:
     """Totals, layers, instances, positions and tokens, of every objective with every retain term on every architecture."""
     model, reference = shared_pair(kind)
     slow = slow_shared(kind)
     target = target_of(name, reference, term)
-    tables = meter_of(model, target).measure()
+    tables = meter_of(model, target, batch_size=3).measure()
 
     tokens = slow_tokens(kind, name)
     kept = [slow.effects(gradient(slow_retain(term, slow.model, reference, row), slow.parameters)) for row in target.retain]
@@ -702,13 +702,19 @@ def test_v_of_half_precision_weights_is_summed_in_float32() -> None:
 # ---- several processes ----
 
 
+def measure_with_a_sweep() -> Tables:
+    model, reference = pair("phi")  # in float64 throughout as it is
+    target = target_of("npo", reference, "kl")
+    sweep = {("rmu", 1.0): target_of("rmu_1", reference), ("npo", None): target}
+    return meter_of(model, target, sweep=sweep).measure()
+
+
 def test_two_processes_give_what_one_does(tmp_path: Path) -> None:
-    script = ROOT / "tests" / "measure_geffect.py"
-    run_in(tmp_path, f"python {script} one.pickle")
-    run_in(tmp_path, f"torchrun --nproc_per_node=2 --master_port=18773 {script} two.pickle")
-    one, two = (pickle.loads((tmp_path / f"{name}.pickle").read_bytes()) for name in ("one", "two"))
+    one = measure_with_a_sweep()
     assert set(one) == {"steps", "layers", "instances", "tokens", "positions", "sweep"}
-    assert_same_tables(two, one)
+    script = ROOT / "tests" / "measure_geffect.py"
+    run_in(tmp_path, f"torchrun --standalone --nproc_per_node=2 {script} two.pickle")
+    assert_same_tables(pickle.loads((tmp_path / "two.pickle").read_bytes()), one)
 
 
 # ---- what a loss or a model may do ----

@@ -82,7 +82,7 @@ SHORT = [
 ]
 LONG = [
     # load
-    "unlearn.scores.token_nlls 1 before",
+    "unlearn.forcing.token_nlls 1 before",
     "unlearn.training.train 1 before",
     "unlearn.training.StepLog.on_train_begin 1 after",
     # step

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,24 +34,35 @@ def load_model(
     path: str, device: torch.device, flash_attention: bool = False, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """The checkpoint as a causal LM, with flash-attn where it is wanted and there (see `attention`)."""
-    how = attention(device, flash_attention)
+    how = "sdpa" if dtype == torch.float64 else attention(device, flash_attention)  # the plain one's softmax is float32
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=how)
     return model.to(device)  # type: ignore[arg-type]
 
 
-@torch.no_grad()
 def load_weights(model: PreTrainedModel, path: str) -> None:
     """Put a checkpoint's weights into the model, in the model's precision.
 
     Raises:
         ValueError: the checkpoint is of another model.
     """
+    put_weights(model, read_weights(model, path))
+
+
+def read_weights(model: PreTrainedModel, path: str) -> dict[str, Tensor]:
+    """A checkpoint's weights by name, as the model has them in type and place. Raises ValueError as `load_weights` does."""
     with no_bars():
-        weights = dict(load_model(path, torch.device("cpu")).named_parameters())
+        there = dict(load_model(path, torch.device("cpu")).named_parameters())
     for name, parameter in model.named_parameters():
-        shape = tuple(weights[name].shape) if name in weights else "nothing"
+        shape = tuple(there[name].shape) if name in there else "nothing"
         if shape != tuple(parameter.shape):
             raise ValueError(f"{path}: another model ({name} is {shape} there, {tuple(parameter.shape)} in the original)")
+    return {name: there[name].detach().to(parameter) for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def put_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Copy them into the model's parameters."""
+    for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
 
 

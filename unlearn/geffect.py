@@ -15,9 +15,8 @@ at the model's present weights, over the parameters that are trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,13 @@ from transformers import (
 )
 
 from unlearn.checkpoints import pad_id
+from unlearn.forcing import Pass, token_nlls
 from unlearn.loss import Loss
 from unlearn.meter import RISKS, Meter, Target, Wanted
 from unlearn.objectives import Objective
-from unlearn.rows import Row, collate, tokenize_pairs
-from unlearn.scores import token_nlls
+from unlearn.rows import Row, tokenize_pairs
 from unlearn.tables import TableFolder, Tables
+from unlearn.tokens import IGNORE
 
 Rows = Sequence[Row] | Sequence[tuple[str, str]]
 
@@ -102,7 +102,7 @@ def meter_of(
     pad = pad_id(tokenizer)
     target = rows["forget"]
     if reference is not None:
-        nlls = token_nlls(reference, target, partial(collate, pad=pad), bf16, batch_size, what="reference")
+        nlls = token_nlls(Pass(reference, pad, tokenizer.eos_token_id, bf16, batch_size), target, what="reference")
         target = [row | {"ref_nll": nll} for row, nll in zip(target, nlls, strict=True)]
     return Meter(
         model=model,
@@ -119,10 +119,17 @@ def meter_of(
 def _tokenized(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     texts = [row for row in rows if not isinstance(row, dict)]
     if not texts:
-        return [{key: torch.as_tensor(value) for key, value in row.items()} for row in rows]  # type: ignore[union-attr]
+        return [_with_tensors(row) for row in rows]  # type: ignore[arg-type]
     if len(texts) < len(rows):
         raise ValueError("rows: some are (prompt, answer) texts and some are tokens; give them all as one of the two")
     return tokenize_pairs(texts, tokenizer)
+
+
+def _with_tensors(row: Mapping[str, Any]) -> Row:
+    found = {key: torch.as_tensor(value) for key, value in row.items()}
+    labels = found["labels"].clone()
+    labels[0] = IGNORE  # nothing stands before it to predict it from
+    return found | {"labels": labels}
 
 
 class GEffectCallback(TrainerCallback):

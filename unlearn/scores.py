@@ -1,103 +1,169 @@
-"""What a model knows of some rows: the loss of each answer's tokens, and how much of each answer it says.
+"""Every score, once: pure functions of what a model says of a row, or of such values over rows.
 
-Rows are dictionaries of `input_ids` and `labels`, each (T,), labels `IGNORE` on the prompt. With several processes the
-batches are split over them, and every process gets all results.
+Letters: an answer's T tokens y_1..y_T, then one end-of-sequence token; l_t = -log p(y_t | prompt, y_<t) in nats; `loss` is
+the mean of l over the T + 1 (TOFU's avg loss); `right` (T,) says at which of the T the model's argmax is y_t. What has no
+value (an answer without tokens) is nan, and is left out of means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import zlib
+from collections.abc import Sequence
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import logsumexp
+from scipy.stats import hmean, ks_2samp, mannwhitneyu
 
-from unlearn.rows import Row
-from unlearn.tokens import IGNORE, token_outputs
-
-Collate = Callable[[Sequence[Row]], dict[str, Tensor]]
+Floats = NDArray[np.float64]
+DEFINITIONS = ("geometric", "arithmetic")
+OPEN_UNLEARNING = 1e-10  # the epsilon that open-unlearning adds to the denominators; TOFU has none
 
 
-def token_nlls(
-    model: PreTrainedModel, rows: Sequence[Row], collate: Collate, bf16: bool, batch_size: int = 16, what: str = "losses"
-) -> list[Tensor]:
-    """For each row the nats of its label tokens, (label tokens,) float32 on the CPU, under teacher forcing in eval mode."""
-
-    def measure(batch_rows: list[Row]) -> list[Tensor]:
-        batch = {key: value.to(model.device) for key, value in collate(batch_rows).items()}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            tokens = token_outputs(model, batch)
-        sizes = torch.bincount(tokens.row, minlength=tokens.n_rows).tolist()
-        return list(tokens.nll.cpu().split(sizes))
-
-    return _over_rows(model, rows, measure, batch_size, what)
+# ---- TOFU (arXiv 2401.06121) ----
 
 
-def token_mean(nlls: Sequence[Tensor]) -> float:
-    """The mean over all tokens of all rows, in nats."""
-    return torch.cat(list(nlls)).double().mean().item()
+def probability(loss: ArrayLike) -> Floats:
+    """exp(-loss): the geometric mean of the tokens' probabilities."""
+    return np.exp(-np.asarray(loss, dtype=float))
 
 
-def greedy_answers(
-    model: PreTrainedModel,
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    bf16: bool,
-    max_length: int = 200,
-    batch_size: int = 16,
-) -> list[str]:
-    """What the model answers to each row's prompt by greedy decoding, prompt and answer `max_length` tokens at most."""
-
-    def answer(batch_rows: list[Row]) -> list[str]:
-        prompts = [row["input_ids"][row["labels"] == IGNORE] for row in batch_rows]
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), pad)
-        mask = torch.zeros(len(prompts), width, dtype=torch.long)
-        for i, prompt in enumerate(prompts):  # padded on the left, where generation does not look
-            ids[i, width - len(prompt) :] = prompt
-            mask[i, width - len(prompt) :] = 1
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                do_sample=False,
-                max_length=max(max_length, width + 1),
-                pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return _over_rows(model, rows, answer, batch_size, "answers")
+def probability_among(loss: float, wrong: Sequence[float], epsilon: float = 0.0) -> float:
+    """p / (p + sum of the wrong answers' p + epsilon), p = exp(-loss) each: the probability on the two real-world sets."""
+    return float(np.exp(-loss - logsumexp([-loss, *(-x for x in wrong), _log(epsilon)])))
 
 
-def rouge_l_recalls(answers: Sequence[str], truths: Sequence[str]) -> list[float]:
-    """For each row ROUGE-L recall with stemming: the share of the true answer that the longest common subsequence covers."""
+def truth_ratio(correct: float, wrong: Sequence[float], definition: str = "geometric", epsilon: float = 0.0) -> float:
+    """How probable the wrong answers are beside the paraphrased correct one: w / (exp(-correct) + epsilon).
+
+    Args:
+        correct: the loss of the paraphrased answer (on the real-world sets, of the answer itself).
+        wrong: the losses of the perturbed answers.
+        definition: of w: `geometric`, exp(-mean of the losses), as TOFU's code and leaderboard have it; `arithmetic`, the
+            mean of exp(-loss), as its paper has it.
+
+    Raises:
+        ValueError: the definition is neither.
+    """
+    if definition not in DEFINITIONS:
+        raise ValueError(f"truth_ratio={definition}: is one of {', '.join(DEFINITIONS)}")
+    losses = np.asarray(wrong, dtype=float)
+    log_w = -losses.mean() if definition == "geometric" else logsumexp(-losses) - np.log(len(losses))
+    with np.errstate(over="ignore"):  # a wrong answer may be e^800 times as probable: the ratio is inf, and its inverse 0
+        return float(np.exp(log_w - np.logaddexp(-correct, _log(epsilon))))
+
+
+def truth_ratio_forget(ratios: ArrayLike, epsilon: float = 0.0) -> float:
+    """Mean of min(R, 1 / (R + epsilon)): 1 where wrong and correct answers are equally probable."""
+    values = np.asarray(ratios, dtype=float)
+    with np.errstate(divide="ignore"):
+        return mean(np.minimum(values, 1 / (values + epsilon)))
+
+
+def truth_ratio_keep(ratios: ArrayLike) -> float:
+    """Mean of max(0, 1 - R): 1 where the correct answer alone is probable."""
+    return mean(np.maximum(0, 1 - np.asarray(ratios, dtype=float)))
+
+
+def model_utility(parts: Sequence[float]) -> float:
+    """The harmonic mean of the nine scores off the forget set, 0 where one of them is 0."""
+    return float(hmean(np.asarray(parts, dtype=float)))
+
+
+def forget_quality(ratios: ArrayLike, retain_ratios: ArrayLike) -> tuple[float, float]:
+    """p-value and statistic D of the two-sample Kolmogorov-Smirnov test of the forget truth ratios of two models.
+
+    The second model has seen the retain split only: a large p says that the two cannot be told apart.
+    """
+    test = ks_2samp(np.asarray(ratios, dtype=float), np.asarray(retain_ratios, dtype=float))
+    return float(test.pvalue), float(test.statistic)
+
+
+def rouge_recalls(answers: Sequence[str], truths: Sequence[str], kind: str = "rougeL") -> list[float]:
+    """Each row's ROUGE recall with stemming; of ROUGE-L, the share of the truth that the longest common subsequence covers."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return [scorer.score(truth, answer)["rougeL"].recall for answer, truth in zip(answers, truths, strict=True)]
+    scorer = RougeScorer([kind], use_stemmer=True)
+    return [scorer.score(truth, answer)[kind].recall for answer, truth in zip(answers, truths, strict=True)]
 
 
-@torch.no_grad()
-def _over_rows(
-    model: PreTrainedModel, rows: Sequence[Row], measure: Callable[[list[Row]], list[Any]], batch_size: int, what: str
-) -> list[Any]:
-    """`measure` on batches of rows of like length, this process's share of them; the results of all, in the rows' order."""
-    state = PartialState()
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    training = model.training
-    model.eval()
-    found: list[tuple[int, Any]] = []
-    for batch in tqdm(
-        batches[state.process_index :: state.num_processes], desc=what, disable=not state.is_main_process, leave=False
-    ):
-        found += zip(batch, measure([rows[i] for i in batch]), strict=True)
-    model.train(training)
-    everywhere = dict(gather_object(found))
-    return [everywhere[i] for i in range(len(rows))]
+# ---- extraction and memorisation ----
+
+
+def ps_exact(right: NDArray[np.bool_]) -> float:
+    """1 - k/T, k the shortest prefix of the answer after which greedy decoding gives the rest exactly (arXiv 2502.19301's PS).
+
+    Greedy decoding gives the rest if and only if every later argmax is right under teacher forcing: T - k is the length of
+    the run of right ones at the end. The last one wrong: 0.
+    """
+    wrong = np.flatnonzero(~right)
+    return (len(right) - 1 - (wrong[-1] if len(wrong) else -1)) / len(right) if len(right) else float("nan")
+
+
+def extraction_strength(right: NDArray[np.bool_]) -> float:
+    """The same with k <= T - 1, so that it is 1/T where the last is wrong: open-unlearning's (arXiv 2307.01881)."""
+    return max(ps_exact(right), 1 / len(right)) if len(right) else float("nan")
+
+
+def exact_memorization(right: NDArray[np.bool_]) -> float:
+    """The share of the T tokens whose argmax is right (arXiv 2205.10770, as in open-unlearning)."""
+    return float(right.mean()) if len(right) else float("nan")
+
+
+def common_subsequence(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the longest common subsequence."""
+    best = np.zeros(len(b) + 1, dtype=int)
+    for token in a:
+        found = np.where(np.asarray(b) == token, best[:-1] + 1, 0) if len(b) else best[1:]
+        best[1:] = np.maximum.accumulate(np.maximum(best[1:], found))
+    return int(best[-1])
+
+
+# ---- membership: higher for a row that looks less like a member of the training set ----
+
+
+def zlib_score(loss: float, text: str) -> float:
+    """The loss over the bytes of the compressed answer (arXiv 2012.07805)."""
+    return loss / len(zlib.compress(text.encode()))
+
+
+def min_k(log_p: Floats, k: float = 0.4) -> float:
+    """Minus the mean of the max(1, floor(k T)) lowest of the T answer tokens' log-probabilities (arXiv 2310.16789).
+
+    With (log p - mu) / sigma in their place, see `standardised`, this is min-k++ (arXiv 2404.02936).
+    """
+    return -float(np.sort(log_p)[: max(1, int(len(log_p) * k))].mean()) if len(log_p) else float("nan")
+
+
+def standardised(log_p: Floats, mean: Floats, variance: Floats) -> Floats:
+    """(log p - mu) / sigma, mean and variance those of log p over the vocabulary under the model's own distribution."""
+    return (log_p - mean) / np.sqrt(np.maximum(variance, 1e-6))
+
+
+def auc(forget: ArrayLike, holdout: ArrayLike) -> float:
+    """P(a holdout row's score > a forget row's), ties half; 1 = the forget rows look like members, 0.5 = no difference."""
+    members, others = (values[~np.isnan(values)] for values in map(np.asarray, (forget, holdout)))
+    if not len(members) or not len(others):
+        return float("nan")
+    return float(mannwhitneyu(others, members, method="asymptotic").statistic / (len(others) * len(members)))
+
+
+def privleak(auc_model: float, auc_retain: float) -> float:
+    """100 ((1 - AUC) - (1 - AUC_retain)) / (1 - AUC_retain) of min-k (arXiv 2407.06460, with open-unlearning's epsilon).
+
+    Below 0 the forget rows still look like members, above 0 they look forgotten too thoroughly.
+    """
+    return 100 * (auc_retain - auc_model) / (1 - auc_retain + OPEN_UNLEARNING)
+
+
+# ---- over rows ----
+
+
+def mean(values: ArrayLike) -> float:
+    """The mean of those that have a value; nan where none has."""
+    numbers = np.asarray(values, dtype=float)
+    return float(numbers[~np.isnan(numbers)].mean()) if (~np.isnan(numbers)).any() else float("nan")
+
+
+def _log(epsilon: float) -> float:
+    return float(np.log(epsilon)) if epsilon else -np.inf

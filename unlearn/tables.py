@@ -14,6 +14,7 @@ from accelerate import PartialState
 from unlearn.files import write_whole, written_beside
 
 Tables = dict[str, pd.DataFrame]
+NAMES = ("steps", "layers", "updates", "instances", "prediction", "tokens", "positions", "sweep")
 PARQUET = ("tokens", "positions")
 
 
@@ -26,8 +27,8 @@ class TableFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        names = {file.stem: file for file in folder.glob("*") if file.suffix in (".csv", ".parquet")}
-        self.tables: Tables = {name: read(file) for name, file in names.items()}
+        files = {name: file_of(folder, name) for name in NAMES}
+        self.tables: Tables = {name: read(file) for name, file in files.items() if file.exists()}
         PartialState().wait_for_everyone()  # all have read before one writes
 
     def steps(self, name: str = "steps") -> set[int]:
@@ -67,14 +68,22 @@ class TableFolder:
         return [table[stay]] if stay.any() else []
 
     def keep(self, last: int) -> None:
-        """Forget the steps after `last`; what is written is written over when the next is measured."""
-        self.tables = {name: table[table["step"] <= last] for name, table in self.tables.items()}
+        """Forget the steps after `last`: tables of no other steps go, the others are written over when the next is measured."""
+        there = list(self.tables)
+        self.tables = {name: table[table["step"] <= last] for name, table in self.tables.items() if table["step"].min() <= last}
+        if PartialState().is_main_process:
+            for name in sorted(set(there) - set(self.tables), key=lambda name: name != "steps"):
+                file_of(self.folder, name).unlink()
 
     def replace(self, name: str, table: pd.DataFrame) -> None:
         """Make this the table, in the order of its steps, and write it."""
         self.tables[name] = table.sort_values("step", kind="stable", ignore_index=True)
         if PartialState().is_main_process:
             write(self.folder, name, self.tables[name])
+
+
+def file_of(folder: Path, name: str) -> Path:
+    return folder / f"{name}.{'parquet' if name in PARQUET else 'csv'}"
 
 
 def read(file: Path) -> pd.DataFrame:
@@ -90,10 +99,10 @@ def read(file: Path) -> pd.DataFrame:
 def write(folder: Path, name: str, table: pd.DataFrame) -> None:
     if name in PARQUET:
         folder.mkdir(parents=True, exist_ok=True)
-        with written_beside(folder / f"{name}.parquet") as beside:
+        with written_beside(file_of(folder, name)) as beside:
             table.to_parquet(beside, index=False)
     else:
-        write_whole(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        write_whole(file_of(folder, name), table.to_csv(index=False, lineterminator="\n"))
 
 
 def predictions(steps: pd.DataFrame, order: Sequence[int], lrs: Mapping[int, float]) -> pd.DataFrame:

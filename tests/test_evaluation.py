@@ -1,0 +1,603 @@
+"""The two evaluation scripts on a tiny model that knows 24 rows, one that never saw 8 of them, and a run that forgets those."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, make_workplace, run_in
+
+import evaluation
+import evaluation_everything
+import finetune
+import forget
+import settings
+import tofu_evaluation
+import utils
+from unlearn import checkpoints, scores, tofu
+from unlearn.control import mix
+from unlearn.extraction import knowledge, score_rows
+from unlearn.forcing import Pass, teacher_force
+from unlearn.rows import Row, tokenize_pairs
+
+CONFIGS = {tofu_evaluation: "eval_tofu", evaluation_everything: "eval_everything"}
+ROWS = {"retain90": 16, "forget10": 8, "forget10_perturbed": 8, "retain_perturbed": 8, "holdout10": 8}
+ROWS |= {"real_authors_perturbed": 3, "world_facts_perturbed": 3}
+SETS = {"retain": 8, "real_authors": 3, "real_world": 3, "forget": 8}
+STEPS = (1, 3)
+SHORT = "generation.max_new_tokens=24"
+MODELS = ("original", "unlearned")
+
+
+class Place(NamedTuple):
+    data: Path
+    full: Path
+    retain: Path
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A workplace with rows of data/sample, the two models where finetune.py puts them, and a run."""
+    folder = make_workplace(tmp_path_factory.mktemp("place"))
+    data = folder / "data/few"
+    data.mkdir(parents=True)
+    for name, n in ROWS.items():
+        lines = (ROOT / f"data/sample/{name}.json").read_text().splitlines(keepends=True)
+        (data / f"{name}.json").write_text("".join(lines[:n]))
+    (data / "full.json").write_text((data / "retain90.json").read_text() + (data / "forget10.json").read_text())
+    tiny = json.loads((ROOT / "config/tiny/config.json").read_text())
+    small = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
+    (folder / "small").mkdir()
+    (folder / "small/config.json").write_text(json.dumps(tiny | small))
+    common = ["model_family=tiny", f"hf_key={folder}/small", f"data_path={data}", "dtype=float32"]
+    common += ["gradient_accumulation_steps=1"]
+    full, retain, run = (folder / name for name in ("data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0", "retain", "run"))
+    for model, split in ((full, "full"), (retain, "retain90")):
+        words = [f"split={split}", f"save_dir={model}", "batch_size=8", "lr=4e-3"]
+        finetune.run(utils.compose_config("finetune", [*common, *words, "num_epochs=40"]))
+    words = ["split=forget10", "method=ga", f"model_path={full}", f"save_dir={run}", "batch_size=4", "lr=3e-4"]
+    forget.run(utils.compose_config("forget", [*common, *words, "num_epochs=1.5", "save_steps=1"]))
+    shutil.rmtree(run / "checkpoint-2")
+    return Place(data, full, retain, run)
+
+
+def evaluate(script: ModuleType, folder: Path | None, **given: Any) -> None:
+    """Run the script with its results in `folder` (None: where they go by themselves), in float32."""
+    words = [f"{key.replace('__', '.')}={value}" for key, value in given.items()]
+    words += [SHORT] if script is tofu_evaluation else []
+    words += [f"save_dir={folder}"] if folder is not None else []
+    script.run(utils.compose_config(CONFIGS[script], ["dtype=float32", *words]))
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.suffix == ".json" else list(csv.DictReader(file.open()))
+
+
+def prepared(script: ModuleType, *words: str) -> Any:
+    cfg = utils.compose_config(CONFIGS[script], list(words))
+    script.prepare(cfg)
+    return cfg
+
+
+@pytest.fixture
+def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and a model that is run is an error from then on."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a model is run")
+
+    return lambda: monkeypatch.setattr(evaluation.Models, "at", refuse)
+
+
+# ---- TOFU's scores ----
+
+
+@pytest.fixture(scope="module")
+def by_path(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TOFU's scores of the full model, Forget Quality against the retain model."""
+    folder = tmp_path_factory.mktemp("by_path")
+    evaluate(tofu_evaluation, folder, split="forget10", model_path=place.full, retain_path=place.retain)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_retain(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TOFU's scores of the retain model, against itself; its split is what it has not seen."""
+    folder = tmp_path_factory.mktemp("of_retain")
+    evaluate(tofu_evaluation, folder, model_path=place.retain, retain_path=place.retain, split="")
+    return folder
+
+
+def test_tofus_files(by_path: Path) -> None:
+    log = read(by_path / "eval_log_aggregated.json")
+    assert list(log) == [file for file, _ in tofu.TASKS.values()]
+    names = {f"{kind}_loss" for kind in ("avg_gt", "gt", "avg_paraphrased", "paraphrased", "average_perturb", "perturb")}
+    names |= {f"num_token_{kind}" for kind in ("gt", "paraphrased", "perturb")}
+    names |= {"rouge1_recall", "rougeL_recall", "generated_text", "truth_ratio"}
+    for name, (file, _) in tofu.TASKS.items():
+        assert set(log[file]) == names | ({"normalized_gt_loss"} if name in tofu.REAL else set())
+        assert all(list(values) == [str(i) for i in range(SETS[name])] for values in log[file].values())
+    tofu.check_log(log, "ours")
+    [row] = read(by_path / "aggregate_stat.csv")
+    columns = {f"{kind} {title}" for kind in tofu.KINDS.values() for _, title in tofu.TASKS.values()}
+    assert set(row) == columns | {"Model Utility", "Forget Quality", "Method", "Submitted By"}
+    found = read(by_path / "scores.json")
+    assert float(row["ROUGE Forget"]) == found["tofu"]["forget"]["rouge"] == 1
+    assert float(row["Forget Quality"]) == found["tofu"]["forget_quality"]["p"] < 1
+    assert found["tofu"]["forget_quality"]["n"] == [8, 8]
+    assert 0 < found["tofu"]["forget_quality"]["D"] <= 1
+    assert found["definitions"]["truth_ratio"] == "geometric, epsilon 0"
+    record = found["from"]["tofu_evaluation"]
+    assert set(record) == {"settings", "hash", "versions", "weights"}
+    assert (record["settings"]["split"], record["settings"]["model_family"]) == ("forget10", "tiny")
+    assert yaml.safe_load((by_path / "tofu_evaluation.yaml").read_text()) == record | {"finished": True}
+    assert not (by_path / "resume").exists()
+
+
+def test_the_scores_are_those_of_the_log(by_path: Path) -> None:
+    log = read(by_path / "eval_log_aggregated.json")["eval_log_forget.json"]
+    found = read(by_path / "scores.json")["tofu"]
+    assert found["forget"]["probability"] == pytest.approx(np.exp(-np.array(list(log["avg_gt_loss"].values()))).mean())
+    ratio = np.exp([x - np.mean(log["average_perturb_loss"][row]) for row, x in log["avg_paraphrased_loss"].items()])
+    assert found["forget"]["truth_ratio"] == pytest.approx(np.minimum(ratio, 1 / ratio).mean())
+    assert all(told[1] == told[2] for told in log["generated_text"].values())  # it knows them by heart
+
+
+def test_the_retain_model_against_itself(of_retain: Path) -> None:
+    found = read(of_retain / "scores.json")
+    assert found["tofu"]["forget_quality"] == {"p": 1, "D": 0, "n": [8, 8]}
+    assert found["from"]["tofu_evaluation"]["settings"]["split"] == "forget10"
+    assert found["tofu"]["forget"]["rouge"] < 0.9
+    assert found["tofu"]["retain"]["rouge"] == 1
+
+
+def test_forget_quality_by_the_retain_models_log(place: Place, by_path: Path, of_retain: Path, tmp_path: Path) -> None:
+    log = of_retain / "eval_log_aggregated.json"
+    evaluate(tofu_evaluation, tmp_path, split="forget10", model_path=place.full, retain_result=log)
+    found, other = (read(folder / "scores.json")["tofu"] for folder in (tmp_path, by_path))
+    assert found["forget_quality"] == other["forget_quality"]
+    assert read(tmp_path / "eval_log_aggregated.json") == read(by_path / "eval_log_aggregated.json")
+
+
+def test_scored_otherwise_without_measuring_anew(
+    by_path: Path, place: Place, tmp_path: Path, nothing_is_measured: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(by_path, folder)
+    nothing_is_measured()
+    given = {"split": "forget10", "model_path": place.full}
+    evaluate(tofu_evaluation, folder, **given, retain_path=place.retain, truth_ratio="arithmetic")
+    found, before = (read(at / "scores.json") for at in (folder, by_path))
+    assert found["tofu"]["forget"]["truth_ratio"] != before["tofu"]["forget"]["truth_ratio"]
+    assert found["tofu"]["forget"]["rouge"] == before["tofu"]["forget"]["rouge"]
+    assert found["definitions"]["truth_ratio"] == "arithmetic, epsilon 0"
+    capsys.readouterr()
+    evaluate(tofu_evaluation, folder, **given)
+    none = read(folder / "scores.json")["tofu"]["forget_quality"]
+    assert none.startswith("not available: no retain model; give retain_result=LOG or retain_path=a model trained on retain90")
+    assert none in capsys.readouterr().err
+    assert read(folder / "aggregate_stat.csv")[0]["Forget Quality"] == "not available"
+    with pytest.raises(ValueError, match=r"other settings: generation.max_new_tokens=24 there, 9 here$"):
+        evaluate(tofu_evaluation, folder, **given, generation__max_new_tokens=9)
+
+
+# ---- two logs and no model ----
+
+
+def test_logs_alone(by_path: Path, of_retain: Path, tmp_path: Path) -> None:
+    logs = [folder / "eval_log_aggregated.json" for folder in (by_path, of_retain)]
+    words = "--config-name=aggregate_eval_stat ckpt_result={} retain_result={} save_file=out.csv".format(*logs)
+    run_in(tmp_path, f"python {ROOT}/tofu_evaluation.py {words}")
+    [row], [expected] = (read(file) for file in (tmp_path / "out.csv", by_path / "aggregate_stat.csv"))
+    differ = {"Method"}
+    assert {key: row[key] for key in row if key not in differ} == {key: expected[key] for key in row if key not in differ}
+    found = read(tmp_path / "out.json")
+    assert found["forget_quality"] == read(by_path / "scores.json")["tofu"]["forget_quality"]
+    assert found["settings"]["ckpt_result"] == str(logs[0])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.csv", "out.json"]
+
+
+def aggregated(**given: Any) -> None:
+    tofu_evaluation.run(utils.compose_config("aggregate_eval_stat", [f"{key}={value}" for key, value in given.items()]))
+
+
+def without_task(log: Any) -> None:
+    del log["eval_log_forget.json"]
+
+
+def without_key(log: Any) -> None:
+    del log["eval_log.json"]["rougeL_recall"]
+
+
+def without_row(log: Any) -> None:
+    del log["eval_log.json"]["average_perturb_loss"]["3"]
+
+
+def with_a_text(log: Any) -> None:
+    log["eval_log.json"]["avg_gt_loss"]["3"] = "low"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (without_task, "lacks eval_log_forget.json; it has eval_log.json, "),
+        (without_key, "eval_log.json lacks rougeL_recall"),
+        (without_row, "eval_log.json has 8 rows in avg_gt_loss, and others in average_perturb_loss"),
+        (with_a_text, "eval_log.json, row 3: avg_gt_loss is 'low'"),
+    ],
+)
+def test_a_log_that_is_none(spoil: Callable[[Any], None], line: str, by_path: Path, tmp_path: Path) -> None:
+    log, file = read(by_path / "eval_log_aggregated.json"), tmp_path / "log.json"
+    spoil(log)
+    file.write_text(json.dumps(log))
+    with pytest.raises(ValueError, match=f"ckpt_result={file}: {line}"):
+        aggregated(ckpt_result=file, save_file=tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_logs_are_not_written_over(by_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "log.json"
+    shutil.copy(by_path / "eval_log_aggregated.json", file)
+    before = file.read_text()
+    for name in ("log.json", "log.csv"):
+        with pytest.raises(ValueError, match=f"save_file={tmp_path / name}: "):
+            aggregated(ckpt_result=file, save_file=tmp_path / name)
+    file.with_suffix(".txt").write_text("{")
+    with pytest.raises(ValueError, match=r"log.txt: not JSON \("):
+        aggregated(ckpt_result=file.with_suffix(".txt"), save_file=tmp_path / "out.csv")
+    assert file.read_text() == before
+
+
+def test_logs_of_other_questions(by_path: Path, place: Place, tmp_path: Path) -> None:
+    """Told before a model is loaded where there is one, and by the two logs where there is none."""
+    log, file = read(by_path / "eval_log_aggregated.json"), tmp_path / "log.json"
+    for texts in log["eval_log_forget.json"]["generated_text"].values():
+        texts[0], texts[-1] = "Question: Who?\nAnswer:", "Nobody"
+    file.write_text(json.dumps(log))
+    with pytest.raises(ValueError, match=r"not answer the same questions: forget row 0 is 'Question: Where.*', 'Question: Who"):
+        aggregated(ckpt_result=by_path / "eval_log_aggregated.json", retain_result=file, save_file=tmp_path / "out.csv")
+    words = [f"model_path={place.full}", "split=forget10", f"retain_result={file}"]
+    with pytest.raises(ValueError, match=r"retain_result=.*: answers other questions: 8 forget rows"):
+        prepared(tofu_evaluation, *words)
+    with pytest.raises(ValueError, match=r"8 forget rows, and split=forget10 with ds_size=5 has 5"):
+        prepared(tofu_evaluation, *words[:2], f"retain_result={by_path}/eval_log_aggregated.json", "ds_size=5")
+
+
+# ---- extraction, memorisation, privacy ----
+
+
+@pytest.fixture(scope="module")
+def everything(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("everything")
+    given: dict[str, Any] = {"model_path": place.run / "checkpoint-3", "retain_path": place.retain, "similar": "true"}
+    evaluate(evaluation_everything, folder, **given)
+    return folder
+
+
+def test_everythings_tables(everything: Path) -> None:
+    columns = {
+        "ps_rows": ["model", "data", "row", "exact", "perturb", "similar"],
+        "ps": ["model", "data", "exact", "perturb", "similar", "rows"],
+        "control": ["weight", "forget_ps", "retain_ps"],
+        "memorization_rows": ["model", "data", "row", "exact_memorization", "extraction_strength"],
+        "privacy_rows": ["data", "row", "loss", "zlib", "min_k", "min_k_plus_plus", "reference"],
+    }
+    tables = {name: read(everything / f"{name}.csv") for name in columns}
+    for name, table in tables.items():
+        assert list(table[0]) == columns[name]
+        assert all(value != "" for row in table for value in row.values())
+    each = [(model, data, str(row)) for model in MODELS for data in ("forget", "retain") for row in range(8)]
+    for name in ("ps_rows", "memorization_rows"):
+        assert [(row["model"], row["data"], row["row"]) for row in tables[name]] == each
+    assert [row["data"] for row in tables["privacy_rows"]] == ["forget"] * 8 + ["holdout"] * 8
+    found = read(everything / "scores.json")
+    for mean in tables["ps"]:
+        rows = [row for row in tables["ps_rows"] if (row["model"], row["data"]) == (mean["model"], mean["data"])]
+        assert int(mean["rows"]) == len(rows) == 8
+        for kind in ("exact", "perturb", "similar"):
+            assert float(mean[kind]) == pytest.approx(np.mean([float(row[kind]) for row in rows]))
+            assert float(mean[kind]) == found["ps"][mean["model"]][mean["data"]][f"ps_{kind}"]
+    original = [row for row in tables["ps_rows"] if row["model"] == "original"]
+    assert {(row["exact"], row["similar"]) for row in original} == {("1.0", "1.0")}  # known by heart
+    assert found["ps"]["unlearned"]["forget"]["ps_exact"] < 0.9
+    assert found["bar"] == pytest.approx(0.9)
+    assert set(found["privacy"]["auc"]) == {"loss", "zlib", "min_k", "min_k_plus_plus", "reference"}
+    members, others = (
+        [float(row["loss"]) for row in tables["privacy_rows"] if row["data"] == x] for x in ("forget", "holdout")
+    )
+    assert found["privacy"]["auc"]["loss"] == np.mean([(b > a) + (a == b) / 2 for a in members for b in others])
+    assert isinstance(found["privacy"]["privleak"], float)
+    assert set(found["from"]["evaluation_everything"]) == {"settings", "hash", "versions", "weights"}
+    assert "ps_exact" in found["definitions"]
+
+
+def test_the_control_search(everything: Path, place: Place) -> None:
+    """At the ends of the curve stand the two models; the weight found is that of a finer grid."""
+    found = read(everything / "scores.json")
+    curve = {float(row["weight"]): row for row in read(everything / "control.csv")}
+    for weight, model in ((0.0, "original"), (1.0, "unlearned")):
+        for data in ("forget", "retain"):
+            assert float(curve[weight][f"{data}_ps"]) == found["ps"][model][data]["ps_exact"]
+    where, path = torch.device("cpu"), place.run / "checkpoint-3"
+    model, *models = (checkpoints.load_model(str(at), where) for at in (place.full, place.full, path))
+    weights = [dict(one.named_parameters()) for one in models]
+    tokenizer = checkpoints.load_tokenizer(str(place.full), "")
+    how = Pass(model, tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+    def ps(weight: float, name: str) -> float:
+        mix(model, *weights, weight)
+        rows = [json.loads(line) for line in (place.data / f"{name}.json").open()]
+        pairs = [(f"Question: {row['question']}\nAnswer: ", row["answer"]) for row in rows]
+        return scores.mean([scores.ps_exact(one.right) for one in teacher_force(how, tokenize_pairs(pairs, tokenizer))])
+
+    passing = max(weight for weight in np.linspace(0, 1, 41) if ps(weight, "retain_perturbed") >= found["bar"])
+    control = found["control"]
+    assert 0.1 < passing <= control["weight"] < passing + 1 / 40 < 1
+    assert control["retain_ps"] == ps(control["weight"], "retain_perturbed") >= control["bar"]
+    assert control["forget_ps"] == ps(control["weight"], "forget10")
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each model is loaded."""
+    counted: Counter[str] = Counter()
+    load = checkpoints.load_model
+
+    def load_and_count(path: str, *how: Any) -> Any:
+        counted[path] += 1
+        return load(path, *how)
+
+    monkeypatch.setattr(checkpoints, "load_model", load_and_count)
+    return counted
+
+
+def test_a_whole_run(place: Place, loads: Counter[str], tmp_path: Path, nothing_is_measured: Callable[[], None]) -> None:
+    """Results beside each checkpoint, one row a step, no model loaded twice, and nothing measured when started again."""
+    run = tmp_path / "run"
+    shutil.copytree(place.run, run)
+    models = [str(place.full), str(place.retain), *(str(run / f"checkpoint-{step}") for step in STEPS)]
+    given: dict[str, Any] = {"model_path": run, "retain_path": place.retain}
+    more: dict[str, Any]
+    for script, more in ((tofu_evaluation, {}), (evaluation_everything, {"similar": "true"})):
+        loads.clear()
+        for _ in range(3):
+            evaluate(script, None, **given, **more)
+            assert loads == dict.fromkeys(models, 1)
+    for step in STEPS:
+        inside = {file.name for file in (run / f"checkpoint-{step}/eval_results/ds_size300").iterdir()}
+        assert inside > {"aggregate_stat.csv", "control.csv", "ps.csv", "scores.json", "eval_log_aggregated.json"}
+        assert set(read(run / f"checkpoint-{step}/eval_results/ds_size300/scores.json")) > {"tofu", "ps", "control", "privacy"}
+    assert (run / "original/eval_results/ds_size300/eval_log_aggregated.json").exists()
+    table = read(run / "scores.csv")
+    assert [row["step"] for row in table] == ["0", *map(str, STEPS)]
+    assert all(row["forget_rouge"] and row["forget_ps_exact"] and row["forget_quality"] for row in table)
+    assert table[0]["forget_ps_exact"] == "1.0"
+    assert (run / "figures/scores.pdf").stat().st_size > 1000
+    nothing_is_measured()
+    evaluate(evaluation_everything, None, **given | {"model_path": run / "checkpoint-3"}, similar="true", batch_size=5)
+
+
+def test_no_model_is_loaded_twice_without_control(place: Place, loads: Counter[str], tmp_path: Path) -> None:
+    given: dict[str, Any] = {"similar": "true", "control": "false", "ps_p": 0.5}
+    evaluate(evaluation_everything, tmp_path, model_path=place.run / "checkpoint-3", **given)
+    assert loads == {str(place.full): 1, str(place.run / "checkpoint-3"): 1}
+    told = read(tmp_path / "scores.json")
+    assert told["control"] == "not searched (control=false)"
+    assert told["bar"] == pytest.approx(0.5)
+    assert not (tmp_path / "control.csv").exists()
+    assert told["privacy"]["privleak"] == "not available: no retain model; give retain_path=MODEL"
+    assert {row["reference"] for row in read(tmp_path / "privacy_rows.csv")} == {""}
+
+
+def test_rows_that_nobody_trained_on_may_lack(place: Place, tmp_path: Path) -> None:
+    shutil.copytree(place.data, tmp_path / "data")
+    (tmp_path / "data/holdout10.json").unlink()
+    given: dict[str, Any] = {"control": "false", "retain_path": place.retain}
+    evaluate(evaluation_everything, tmp_path, model_path=place.run / "checkpoint-3", data_path=tmp_path / "data", **given)
+    assert read(tmp_path / "scores.json")["privacy"].startswith("not available: split=holdout10: data_path=")
+    assert not (tmp_path / "privacy_rows.csv").exists()
+    assert len(read(tmp_path / "ps_rows.csv")) == 32
+
+
+def test_local_data(place: Place, tmp_path: Path) -> None:
+    """Without paraphrases, wrong answers and holdout rows: what needs them says so, the rest is there."""
+    given: dict[str, Any] = {"model_family": "tiny", "model_path": place.full, "retain_path": place.retain}
+    given |= {"forget_data": place.data / "forget10.json", "retain_data": place.data / "retain90.json", "split": "forget10"}
+    evaluate(evaluation_everything, tmp_path, **given, original_path=place.full, control="false")
+    evaluate(tofu_evaluation, tmp_path, **given)
+    found = read(tmp_path / "scores.json")
+    assert found["privacy"] == f"not available: forget_data={given['forget_data']} has no rows that were never trained on"
+    assert found["tofu"]["forget_quality"].endswith("lack perturbed_answer, a list of wrong answers")
+    assert found["tofu"]["forget"]["rouge"] == found["ps"]["unlearned"]["forget"]["ps_exact"] == 1
+    assert found["ps"]["unlearned"]["forget"]["ps_perturb"] == "not available"
+    assert {row["perturb"] for row in read(tmp_path / "ps_rows.csv")} == {""}
+    assert read(tmp_path / "aggregate_stat.csv")[0]["Model Utility"] == "not available"
+
+
+# ---- what is typed ----
+
+
+@pytest.mark.parametrize("script", CONFIGS, ids=CONFIGS.values())
+def test_what_the_run_says(script: ModuleType, place: Place) -> None:
+    """Left out, or empty as an unset shell variable gives it; with _perturbed or without."""
+    path = f"model_path={place.run}/checkpoint-3"
+    for words in ([], ["split=", "model_family=", "original_path="], ["split=forget10_perturbed", "model_family=tiny"]):
+        cfg = prepared(script, path, *words)
+        assert (cfg.model_family, cfg.split, cfg.data_path, cfg.max_length) == ("tiny", "forget10", str(place.data), 500)
+        assert script is tofu_evaluation or cfg.original_path == str(place.full)
+    for words, line in (
+        (["split=full"], r"split=full: to unlearn is one of forget01, forget05, forget10"),
+        (["model_family=phi"], r"model_family=phi: .* is of the family tiny"),
+        (["model_family=lama"], r"model_family=lama: unknown; the families"),
+        ([f"original_path={place.data}"], r"original_path=.*: a folder without a checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            prepared(script, path, *words)
+    with pytest.raises(ValueError, match=r"checkpoint-9: no such folder.* there are .*checkpoint-1, .*checkpoint-3"):
+        prepared(script, f"model_path={place.run}/checkpoint-9")
+    with pytest.raises(ValueError, match=r"split is missing; to unlearn is one of forget01, forget05, forget10"):
+        prepared(script, f"model_path={place.full}")  # fine-tuned on all of them
+
+
+@pytest.mark.parametrize("script", CONFIGS, ids=CONFIGS.values())
+def test_a_family_that_is_not_the_checkpoints(script: ModuleType, place: Place, tmp_path: Path) -> None:
+    """Told by the two config.json, before anything is loaded."""
+    config = json.loads((place.full / "config.json").read_text())
+    for name, change in (("other", {"model_type": "phi"}), ("wider", {"vocab_size": 50304})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
+    shutil.copytree(place.full, tmp_path / "bare", ignore=shutil.ignore_patterns("config.yaml"))
+    words = [f"model_path={tmp_path}/bare", "split=forget10", f"data_path={place.data}", f"original_path={place.full}"]
+    with pytest.raises(ValueError, match=r"has model_type llama, and model_family=phi phi; the families are llama, "):
+        prepared(script, *words, "model_family=phi", f"hf_key={tmp_path}/other")
+    with pytest.raises(ValueError, match=rf"has vocab_size {config['vocab_size']}, and model_family=tiny 50304"):
+        prepared(script, *words, "model_family=tiny", f"hf_key={tmp_path}/wider")
+    with pytest.raises(ValueError, match=r"model_family is missing, and .*/bare is of no run; the families are llama"):
+        prepared(script, *words)
+
+
+def test_a_bare_checkpoint(place: Place, by_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a tokenizer and a config.yaml: the family's tokenizer, and the same log."""
+    shutil.copytree(place.full, tmp_path / "bare", ignore=shutil.ignore_patterns("config.yaml", "tokenizer*", "logs"))
+    monkeypatch.chdir(place.run.parent)
+    given = {"model_path": tmp_path / "bare", "model_family": "tiny", "split": "forget10", "data_path": place.data}
+    evaluate(tofu_evaluation, None, **given, hf_key="small")
+    found = read(tmp_path / "bare/eval_results/ds_size300/eval_log_aggregated.json")
+    assert found == read(by_path / "eval_log_aggregated.json")
+
+
+def test_a_model_of_the_hub_leaves_no_folder_of_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """That would be taken for the model itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(settings, "on_hub", lambda name, kind: True)
+    monkeypatch.setattr(settings, "check_architecture", lambda *_: None)
+    cfg = prepared(tofu_evaluation, "model_path=some/model", "model_family=tiny", "split=forget10")
+    [target] = evaluation.targets(cfg)
+    assert (target.path, target.folder) == ("some/model", Path("icml/some--model/eval_results/ds_size300"))
+
+
+# ---- killed ----
+
+
+@pytest.mark.parametrize(
+    ("script", "moment", "left"),
+    [
+        (tofu_evaluation, "unlearn.asking.measure_task 3 before", ["real_world", "forget"]),
+        (evaluation_everything, "unlearn.control.mix 4 after", None),
+    ],
+    ids=CONFIGS.values(),
+)
+def test_killed_and_started_again(
+    script: ModuleType, moment: str, left: list[str] | None, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with the part that it was in, and leaves the same files."""
+    given = {"model_path": place.run / "checkpoint-3", "dtype": "float32"}
+    words = " ".join(f"{key}={value}" for key, value in given.items()) + (f" {SHORT}" if script is tofu_evaluation else "")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    at = f"python {ROOT}/tests/at.py {moment} {shlex.quote('kill -KILL $PID')}"
+    killed = run_in(tmp_path / "a", f"{at} {ROOT}/{script.__name__}.py {words} save_dir=out", check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    parts = sorted(file.stem for file in (tmp_path / f"a/out/resume/{script.__name__}").iterdir())
+    assert parts == (
+        ["real_authors", "retain"] if left else ["control_0.0", "control_0.05", "control_0.1", "original", "unlearned"]
+    )
+    measured: list[str] = []
+    part = evaluation.Progress.part
+
+    def noted(self: evaluation.Progress, name: str, measure: Callable[[], Any]) -> Any:
+        return part(self, name, lambda: (measured.append(name), measure())[1])
+
+    monkeypatch.setattr(evaluation.Progress, "part", noted)
+    files: dict[str, dict[str, str]] = {}
+    for name in ("a", "b"):
+        monkeypatch.chdir(tmp_path / name)
+        if name == "a":
+            with pytest.raises(ValueError, match=r"out holds a run of other settings: max_length=500 there, 400 here"):
+                evaluate(script, Path("out"), **given, max_length=400)
+        evaluate(script, Path("out"), **given)
+        if name == "a":
+            assert not set(measured) & set(parts)
+            assert left is None or measured == left
+        there = sorted(file for file in Path("out").rglob("*") if file.suffix in (".json", ".csv", ".yaml"))
+        files[name] = {str(file): file.read_text() for file in there}
+    assert files["a"] == files["b"]
+    assert len(files["a"]) >= (4 if script is tofu_evaluation else 7)
+
+
+# ---- rows at the edge ----
+
+
+@pytest.fixture(scope="module")
+def knows(place: Place) -> tuple[Any, Any, list[tuple[str, str]]]:
+    """The full model, its tokenizer, and pairs that it knows by heart."""
+    rows = [json.loads(line) for line in (place.data / "forget10.json").open()]
+    tokenizer = checkpoints.load_tokenizer(str(place.full), "")
+    model = checkpoints.load_model(str(place.full), torch.device("cpu"))
+    return model, tokenizer, [(f"Question: {row['question']}\nAnswer: ", row["answer"]) for row in rows]
+
+
+def pass_of(model: Any, tokenizer: Any) -> Pass:
+    return Pass(model, tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+
+def test_an_empty_answer_and_one_of_a_token(knows: Any) -> None:
+    """Without a token there is no PS, and the mean is of the others; with one it is all or nothing."""
+    model, tokenizer, [(prompt, answer), *_] = knows
+    one = tokenizer.decode(tokenizer(answer)["input_ids"][:1])
+    table = score_rows(model, tokenizer, [(prompt, ""), (prompt, answer), (prompt, one), (prompt, "Zzz")])
+    on_tokens = ["ps_exact", "extraction_strength", "exact_memorization", "min_k", "min_k_plus_plus"]
+    assert table.loc[0, on_tokens].isna().all()
+    assert np.isfinite(table.loc[0, "loss"])  # of its end-of-sequence token
+    assert set(table.loc[1:, "ps_exact"]) == {0, 1}
+    assert table.loc[1, "ps_exact"] == 1
+    assert table.loc[2, "ps_exact"] == table.loc[2, "exact_memorization"]  # right or not
+    assert scores.mean(table["ps_exact"]) == pytest.approx(table.loc[1:, "ps_exact"].mean())
+
+
+def test_an_answer_that_does_not_fit_is_cut(knows: Any) -> None:
+    model, tokenizer, [(prompt, answer), *_] = knows
+    how, pair = pass_of(model, tokenizer), (prompt, f"{answer} " * 5)
+    [whole], [cut] = (teacher_force(how, tokenize_pairs([pair], tokenizer, n)) for n in (500, 20))
+    assert not cut.ends
+    assert 1 < cut.size < whole.size
+    assert cut.size == len(cut.labels) == 20 - len(tokenizer(prompt.rstrip(" "))["input_ids"])
+    assert cut.loss == pytest.approx(whole.nll[: cut.size].mean(), abs=1e-5)
+    assert knowledge(cut)["exact_memorization"] == pytest.approx(whole.right[: cut.size].mean())
+
+
+def test_a_model_that_answers_nothing(knows: Any) -> None:
+    model, tokenizer, pairs = knows
+    nothing = torch.zeros(model.config.vocab_size)
+    nothing[tokenizer.eos_token_id] = 1e4
+    hook = model.get_output_embeddings().register_forward_hook(lambda *given: given[-1] + nothing)
+    table = score_rows(model, tokenizer, pairs)
+    hook.remove()
+    assert set(table["ps_exact"]) == set(table["exact_memorization"]) == set(table["rougeL_recall"]) == {0}
+    assert set(table["generated_text"]) == {""}
+    assert set(score_rows(model, tokenizer, pairs)["ps_exact"]) == {1}
+
+
+def test_only_the_last_token_wrong(knows: Any) -> None:
+    model, tokenizer, pairs = knows
+    rows: list[Row] = tokenize_pairs(pairs, tokenizer)
+    for row in rows:  # the answer's last token, before end-of-sequence
+        row["input_ids"][-2] = row["labels"][-2] = (row["labels"][-2] + 1) % 100
+    for forced in teacher_force(pass_of(model, tokenizer), rows):
+        found = knowledge(forced)
+        assert found["ps_exact"] == 0
+        assert found["extraction_strength"] == pytest.approx(1 / forced.size)
+        assert found["exact_memorization"] == pytest.approx(1 - 1 / forced.size)

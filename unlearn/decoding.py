@@ -1,0 +1,130 @@
+"""Greedy decoding, batched by length, with the key-value cache; a row leaves the batch when it ends.
+
+Where teacher forcing has said how far greedy decoding follows the true answer, a row is decoded only from where it leaves it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from unlearn.forcing import Forced, Pass, over_processes, prompt_length, shares_prompts
+from unlearn.rows import Row
+from unlearn.tokens import head_at, unwrap
+
+MAX_LENGTH = 200  # prompt and answer, in tokens, as TOFU has it
+
+
+def greedy_answers(
+    how: Pass,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    drafts: Sequence[Forced] | None = None,
+    max_length: int | None = MAX_LENGTH,
+    max_new_tokens: int | None = None,
+    what: str = "answers",
+) -> list[str]:
+    """What the model answers to each row's prompt, stripped.
+
+    Args:
+        drafts: what teacher forcing said of the rows' true answers; the texts are the same without.
+        max_length: of prompt and answer together, in tokens (one token is always decoded); None: as `max_new_tokens` says.
+        max_new_tokens: of the answer; None: as `max_length` says.
+    """
+    limits = [_limit(prompt_length(row), max_length, max_new_tokens) for row in rows]
+    stops = stop_tokens(how.model, how.eos)
+    starts = [followed(draft) for draft in drafts] if drafts is not None else [[] for _ in rows]
+    done = [len(start) >= n or stops & set(start) for start, n in zip(starts, limits, strict=True)]
+    todo = [i for i, whole in enumerate(done) if not whole]
+    prefixes = [torch.cat([rows[i]["input_ids"][: prompt_length(rows[i])], torch.tensor(starts[i]).long()]) for i in todo]
+    rest = decode(how, prefixes, [limits[i] - len(starts[i]) for i in todo], what)
+    for i, tokens in zip(todo, rest, strict=True):
+        starts[i] = starts[i] + tokens
+    cut = [_until(start[:n], stops) for start, n in zip(starts, limits, strict=True)]
+    return [text.strip() for text in tokenizer.batch_decode(cut, skip_special_tokens=True)]
+
+
+def followed(draft: Forced) -> list[int]:
+    """The tokens of greedy decoding that teacher forcing tells: those of the answer, and the one that leaves it."""
+    return [*draft.labels[: draft.followed].tolist(), *draft.predicted[draft.followed : draft.followed + 1].tolist()]
+
+
+def decode(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], what: str = "decoding") -> list[list[int]]:
+    """The tokens that greedy decoding puts behind each prefix, `limits` of them at most; none after one that ends a text."""
+    if not prefixes:
+        return []
+    order = sorted(range(len(prefixes)), key=lambda i: -len(prefixes[i]))
+    batches = [order[i : i + how.batch_size] for i in range(0, len(order), how.batch_size)]
+    stops = stop_tokens(how.model, how.eos)
+    with how.evaluating():
+        one = _decode_batch if shares_prompts(how.model) else _generate_batch
+        found = over_processes(
+            batches, lambda batch: one(how, [prefixes[i] for i in batch], [limits[i] for i in batch], stops), what
+        )
+    return [found[i] for i in range(len(prefixes))]
+
+
+def stop_tokens(model: PreTrainedModel, eos: int) -> set[int]:
+    """What ends a text: the tokenizer's end-of-sequence token, and those of the model's generation config."""
+    config = getattr(unwrap(model), "generation_config", None)
+    more = getattr(config, "eos_token_id", None)
+    return {eos, *(more if isinstance(more, list) else [more] if more is not None else [])}
+
+
+def _limit(prompt: int, max_length: int | None, max_new_tokens: int | None) -> int:
+    bounds = [max_length - prompt] if max_length is not None else []
+    bounds += [max_new_tokens] if max_new_tokens is not None else []
+    return max(1, min(bounds, default=MAX_LENGTH))
+
+
+def _until(tokens: list[int], stops: set[int]) -> list[int]:
+    return next((tokens[:i] for i, token in enumerate(tokens) if token in stops), tokens)
+
+
+def _pad_left(how: Pass, prefixes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and mask; padding on the left, where generation does not look."""
+    width = max(map(len, prefixes))
+    ids = torch.full((len(prefixes), width), how.pad)
+    mask = torch.zeros(len(prefixes), width, dtype=torch.long)
+    for i, prefix in enumerate(prefixes):
+        ids[i, width - len(prefix) :] = prefix
+        mask[i, width - len(prefix) :] = 1
+    return ids.to(how.model.device), mask.to(how.model.device)
+
+
+def _decode_batch(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int]) -> list[list[int]]:
+    model = unwrap(how.model)
+    ids, mask = _pad_left(how, prefixes)
+    positioned = "position_ids" in inspect.signature(model.forward).parameters
+    found: list[list[int]] = [[] for _ in prefixes]
+    alive = list(range(len(prefixes)))
+    cache = DynamicCache()
+    while alive:
+        last = torch.arange(1, len(alive) + 1, device=ids.device) * ids.shape[1] - 1
+        where = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positioned else {}
+        with head_at(model, last):
+            out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
+        tokens = out.logits.squeeze(0).argmax(-1)  # (rows that are left,)
+        for row, token in zip(alive, tokens.tolist(), strict=True):
+            found[row].append(token)
+        stay = [i for i, row in enumerate(alive) if found[row][-1] not in stops and len(found[row]) < limits[row]]
+        if len(stay) < len(alive):
+            kept = torch.tensor(stay, device=ids.device, dtype=torch.long)
+            alive, tokens, mask = [alive[i] for i in stay], tokens[kept], mask[kept]
+            cache.batch_select_indices(kept)
+        ids = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+    return found
+
+
+def _generate_batch(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int]) -> list[list[int]]:
+    """The same by `generate`: for a model whose cache is not keys and values of every position."""
+    ids, mask = _pad_left(how, prefixes)
+    config = GenerationConfig(max_new_tokens=max(limits), do_sample=False, pad_token_id=how.pad, eos_token_id=sorted(stops))
+    out = unwrap(how.model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    rows = [row[:n] for row, n in zip(out[:, ids.shape[1] :].tolist(), limits, strict=True)]
+    return [[*(cut := _until(row, stops)), *row[len(cut) : len(cut) + 1]] for row in rows]

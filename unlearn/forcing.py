@@ -1,0 +1,218 @@
+"""Teacher forcing: one forward pass over a row, and all that it says of the row's answer.
+
+Rows are dictionaries of `input_ids` and `labels`, each (T,), labels `IGNORE` on the prompt (see `unlearn.rows`). A row that
+is given twice is passed once, and rows with the same prompt share the prompt's pass: the answers go on from its
+key-value cache. With P prompt tokens and answers of A_i, that is P + sum A_i tokens where row by row it is sum (P + A_i). With
+several processes the batches are split over them, and every process gets all results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from unlearn.rows import Row, collate
+from unlearn.tokens import IGNORE, head_at, token_outputs, unwrap, widen
+
+Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What one pass says of a row's N label tokens: the answer's T, then end-of-sequence (a row that was cut lacks it).
+
+    Attributes:
+        labels: (N,) the tokens.
+        nll: (N,) nats, -log p of each.
+        predicted: (N,) the model's argmax in each one's place.
+        mean, variance: (N,) of log p over the vocabulary under the model's own distribution, or None.
+        ends: whether the last label is the end-of-sequence token.
+    """
+
+    labels: NDArray[np.int64]
+    nll: NDArray[Any]
+    predicted: NDArray[np.int64]
+    mean: NDArray[Any] | None
+    variance: NDArray[Any] | None
+    ends: bool
+
+    @property
+    def size(self) -> int:
+        """T, the answer's tokens."""
+        return len(self.labels) - self.ends
+
+    @property
+    def loss(self) -> float:
+        """The token mean, end-of-sequence counted, in nats."""
+        return float(self.nll.astype(np.float64).mean())
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """(T,) whether the argmax is the answer's token."""
+        return (self.labels == self.predicted)[: self.size]
+
+    @property
+    def followed(self) -> int:
+        """How many label tokens greedy decoding gives, from the first on, before it leaves the answer."""
+        wrong = np.flatnonzero(self.labels != self.predicted)
+        return int(wrong[0]) if len(wrong) else len(self.labels)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a model is run over rows: padding and end-of-sequence ids, autocast, rows a batch."""
+
+    model: PreTrainedModel
+    pad: int
+    eos: int
+    bf16: bool = False
+    batch_size: int = 16
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In eval mode, without gradients, under autocast where wanted."""
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            yield
+        self.model.train(training)
+
+
+def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: str = "teacher forcing") -> list[Forced]:
+    """One `Forced` a row, float32 or wider on the CPU; `moments`: with mean and variance."""
+    keys = [(tuple(row["input_ids"].tolist()), tuple(row["labels"].tolist())) for row in rows]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    distinct = [rows[i] for i in first.values()]
+    with how.evaluating():
+        share = shares_prompts(how.model)
+        prompts = [_prompt(row) if share else None for row in distinct]
+        batches = _plan(distinct, prompts, how.batch_size)
+        found = over_processes(batches, _Measure(how, distinct, prompts, moments), what)
+    return [found[place] for place in map({key: i for i, key in enumerate(first)}.__getitem__, keys)]
+
+
+def token_nlls(how: Pass, rows: Sequence[Row], what: str = "losses") -> list[Tensor]:
+    """For each row the nats of its label tokens, (label tokens,) on the CPU, under teacher forcing in eval mode."""
+    return [torch.from_numpy(forced.nll) for forced in teacher_force(how, rows, what=what)]
+
+
+def token_mean(nlls: Sequence[Tensor]) -> float:
+    """The mean over all tokens of all rows, in nats."""
+    return torch.cat(list(nlls)).double().mean().item()
+
+
+def over_processes(batches: Sequence[list[int]], measure: Callable[[list[int]], Sequence[Any]], what: str) -> dict[int, Any]:
+    """`measure` on this process's share of the batches of row numbers; the results of all by row number."""
+    state = PartialState()
+    mine = batches[state.process_index :: state.num_processes]
+    found: list[tuple[int, Any]] = []
+    for batch in tqdm(mine, desc=what, disable=not state.is_main_process, leave=False):
+        found += zip(batch, measure(batch), strict=True)
+    return dict(gather_object(found))
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether the model's cache is keys and values of every position: then any number of answers can go on from one prompt."""
+    try:
+        cache = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    except AttributeError:  # a model whose state goes by another name
+        return False
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def prompt_length(row: Row) -> int:
+    """Tokens before the first label."""
+    return int((row["labels"] != IGNORE).nonzero()[0])
+
+
+def _prompt(row: Row) -> Prompt | None:
+    """The tokens before the labels; None where not all that comes after them is labelled."""
+    start = prompt_length(row)
+    return tuple(row["input_ids"][:start].tolist()) if (row["labels"][start:] != IGNORE).all() else None
+
+
+def _plan(rows: Sequence[Row], prompts: Sequence[Prompt | None], batch_size: int) -> list[list[int]]:
+    """Row numbers in batches: those that share a prompt with others, by prompts of one length; and the rest, by length."""
+    groups: dict[Prompt, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault((-1 - i,) if prompt is None else prompt, []).append(i)
+    alone = [group[0] for group in groups.values() if len(group) == 1]
+    alone.sort(key=lambda i: -len(rows[i]["input_ids"]))
+    batches = [alone[i : i + batch_size] for i in range(0, len(alone), batch_size)]
+    together = [(len(prompt), max(len(rows[i]["input_ids"]) for i in group), group) for prompt, group in groups.items()]
+    last = None
+    for length, _, group in sorted((entry for entry in together if len(entry[2]) > 1), reverse=True):
+        if length == last and len(batches[-1]) + len(group) <= batch_size:
+            batches[-1] += group
+        else:
+            batches.append(list(group))
+        last = length
+    return batches
+
+
+class _Measure:
+    """A batch's rows to `Forced`: each prompt once where rows share it, else whole rows."""
+
+    def __init__(self, how: Pass, rows: Sequence[Row], prompts: Sequence[Prompt | None], moments: bool) -> None:
+        self.how, self.rows, self.prompts, self.moments = how, rows, prompts, moments
+
+    def __call__(self, batch: list[int]) -> list[Forced]:
+        rows = [self.rows[i] for i in batch]
+        labels = [row["labels"][row["labels"] != IGNORE] for row in rows]
+        prompts = [prompt for i in batch if (prompt := self.prompts[i]) is not None]
+        distinct = list(dict.fromkeys(prompts))
+        if len(prompts) == len(rows) and len(distinct) < len(rows):
+            logits = self._going_on(distinct, [distinct.index(prompt) for prompt in prompts], labels)
+        else:
+            inputs = {key: value.to(self.how.model.device) for key, value in collate(rows, self.how.pad).items()}
+            logits = token_outputs(self.how.model, inputs).logits
+        return self._of_logits(logits, labels)
+
+    def _going_on(self, prompts: list[Prompt], owner: list[int], labels: list[Tensor]) -> Tensor:
+        """(label tokens, V) logits of answers that go on from their prompts, all of one length P: (G, P), then (B, A - 1)."""
+        model = unwrap(self.how.model)
+        device, length = model.device, len(prompts[0])
+        ids = torch.tensor(prompts, device=device)
+        with head_at(model, torch.arange(1, len(prompts) + 1, device=device) * length - 1):
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        first = widen(out.logits.squeeze(0))[torch.tensor(owner, device=device)]  # (B, V)
+        answers = pad_sequence([label[:-1] for label in labels], batch_first=True, padding_value=self.how.pad).to(device)
+        if answers.shape[1] == 0:
+            return first
+        sizes = torch.tensor([len(label) - 1 for label in labels], device=device)
+        real = torch.arange(answers.shape[1], device=device) < sizes[:, None]
+        out.past_key_values.batch_select_indices(torch.tensor(owner, device=device))
+        mask = torch.cat([real.new_ones(len(labels), length), real], dim=1).long()
+        with head_at(model, real.flatten().nonzero().squeeze(1)):
+            later = model(input_ids=answers, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True).logits
+        rest = widen(later.squeeze(0)).split(sizes.tolist())
+        return torch.cat([part for one, others in zip(first, rest, strict=True) for part in (one[None], others)])
+
+    def _of_logits(self, logits: Tensor, labels: list[Tensor]) -> list[Forced]:
+        wanted = torch.cat(labels).to(logits.device)
+        log_p = logits.log_softmax(-1)
+        values = [-log_p.gather(1, wanted[:, None]).squeeze(1), logits.argmax(-1)]
+        if self.moments:
+            p = log_p.exp()
+            mean = (p * log_p).nan_to_num(0).sum(-1)  # 0 log 0 = 0
+            values += [mean, (p * (log_p - mean[:, None]) ** 2).nan_to_num(0).sum(-1)]
+        sizes = [len(label) for label in labels]
+        parts = [[part.numpy() for part in value.cpu().split(sizes)] for value in values]
+        parts += [[None] * len(labels)] * (4 - len(parts))
+        return [
+            Forced(label.numpy(), nll, predicted, mean, variance, bool(label[-1] == self.how.eos))
+            for label, nll, predicted, mean, variance in zip(labels, *parts, strict=True)
+        ]
