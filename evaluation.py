@@ -271,13 +271,20 @@ def write_scores(target: Target, sections: dict[str, Any]) -> None:
 
 
 def add_row(target: Target, values: dict[str, Any]) -> None:
-    """Add the scores to the run's table, a row a step, and draw their trajectory."""
+    """Add the scores to the run's table, a row a step."""
     if target.run is not None and target.step is not None:
         from unlearn.results import add_row
-        from unlearn.score_figures import draw_scores
 
         add_row(target.run / "scores.csv", target.step, values)
-        draw_scores(target.run)
+
+
+def draw_run(found: list[Target]) -> None:
+    """Draw the trajectories of the run that the checkpoints are of."""
+    run = found[-1].run
+    if run is not None and utils.is_main_process():
+        from unlearn.score_figures import draw_scores
+
+        draw_scores(run)
 
 
 def no_nan(value: Any) -> Any:

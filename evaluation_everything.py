@@ -83,12 +83,12 @@ def run(cfg: DictConfig) -> None:
     rows = read_rows(cfg)
     of = cache(partial(measure, cfg, models, rows))  # the original and the retain model once for all checkpoints
     similar_of = cache(partial(measure_similar, models, rows))
-    for target in evaluation.targets(cfg):
-        if target.step == 0:
-            continue  # the original model is beside every checkpoint
+    targets = [target for target in evaluation.targets(cfg) if target.step != 0]  # the original is beside every checkpoint
+    for target in targets:
         with utils.alone(target.folder):
             evaluate(cfg, target, models, rows, of, similar_of)
         models.drop(target.path)
+    evaluation.draw_run(targets)
 
 
 def evaluate(

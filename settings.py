@@ -100,7 +100,11 @@ def help_text(description: str, config_name: str) -> str:
     folders = [CONFIG / str(key) for key in compose_config(config_name) if (CONFIG / str(key)).is_dir()]
     groups = [f"{folder.name}: {', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}" for folder in folders]
     texts = [(CONFIG / f"{Path(name).stem}.yaml").read_text() for name in (config_name, "common")]
-    keys = [line for text in texts for line in text.partition("\nhydra:")[0].splitlines() if re.match(r"\s*\w+: ", line)]
+    own, common = (
+        [line for line in text.partition("\nhydra:")[0].splitlines() if re.match(r"\s*\w+: ", line)] for text in texts
+    )
+    names = {line.partition(":")[0] for line in own}  # with a default of its own
+    keys = own + [line for line in common if line.partition(":")[0] not in names and "\n  - common\n" in texts[0]]
     return "\n".join(
         [description.strip(), "", families, *groups, "", "key: default # meaning", *keys, "", "--hydra-help: its flags"]
     )

@@ -87,9 +87,11 @@ def run(cfg: DictConfig) -> None:
     if cfg.retain_result is not None:
         check_questions(cfg, sets["forget"])
     measure = functools.cache(functools.partial(measure_set, cfg, evaluation.Models(cfg, family), sets))
-    for target in evaluation.targets(cfg):
+    targets = evaluation.targets(cfg)
+    for target in targets:
         with utils.alone(target.folder):
             evaluate(cfg, target, list(sets), measure)
+    evaluation.draw_run(targets)
 
 
 def read_sets(cfg: DictConfig) -> dict[str, list[dict[str, Any]]]:

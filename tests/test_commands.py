@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import make_workplace, run_in
@@ -82,20 +83,28 @@ def test_a_sweep_goes_through_values(place: Path) -> None:
     assert names == [f"{method}_0.0008_forget05_1_0.0_None{seed}" for method in ("ga", "wga") for seed in ("", "_seed=1")]
 
 
-def test_evaluation_under_torchrun(place: Path) -> None:
-    """Two processes score as one does."""
+@pytest.mark.parametrize("script", ["tofu_evaluation", "evaluation_everything"])
+def test_evaluation_under_torchrun(place: Path, script: str) -> None:
+    """Two processes score each row as one does."""
     model = "data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0"
-    scores = []
-    for processes in (1, 2):
-        run_in(
-            place,
-            f"torchrun --nproc_per_node={processes} --master_port=18767 tofu_evaluation.py split=forget05 model_family=tiny"
-            f" model_path={model} save_dir=scores{processes} ds_size=10",
-        )
-        assert len((place / f"scores{processes}/rouge_rows.csv").read_text().splitlines()) == 1 + 20
-        scores.append(json.loads((place / f"scores{processes}/scores.json").read_text()))
-    for name in ("forget_rougeL_recall", "retain_rougeL_recall", "forget_loss", "retain_loss"):
-        assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-5)
+    more = "ds_size=6" if script == "tofu_evaluation" else "retain_holdout=6 control=false"
+    for n in (1, 2):
+        start = f"torchrun --nproc_per_node={n} --master_port=18767 {script}.py split=forget05 model_family=tiny"
+        run_in(place, f"{start} model_path={model} save_dir=scores{n} dtype=float32 {more}")
+    one, two = (place / f"scores{n}" for n in (1, 2))
+    if script == "tofu_evaluation":
+        a, b = (json.loads((folder / "eval_log_aggregated.json").read_text()) for folder in (one, two))
+        assert a.keys() == b.keys()
+        for file in a:
+            for key in ("avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall"):
+                assert len(a[file][key]) == 6
+                for row, value in a[file][key].items():
+                    assert b[file][key][row] == pytest.approx(value, rel=1e-5)
+    else:
+        for name, n in (("ps_rows", 52), ("memorization_rows", 52), ("privacy_rows", 40)):
+            tables = [pd.read_csv(folder / f"{name}.csv") for folder in (one, two)]
+            assert len(tables[0]) == n
+            pd.testing.assert_frame_equal(*tables, rtol=1e-5)
 
 
 def test_local_files_in_place_of_tofu(place: Path) -> None:

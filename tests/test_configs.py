@@ -19,7 +19,8 @@ import settings
 import utils
 
 CONFIG = ROOT / "config"
-PRIMARY = sorted(file.stem for file in CONFIG.glob("*.yaml") if file.stem not in ("model_config", "common"))
+NO_MODEL = ("aggregate_eval_stat",)  # without a family
+PRIMARY = sorted(file.stem for file in CONFIG.glob("*.yaml") if file.stem not in (*NO_MODEL, "model_config", "common"))
 METHODS = sorted(file.stem for file in (CONFIG / "method").glob("*.yaml"))
 RETAIN = sorted(file.stem for file in (CONFIG / "retain").glob("*.yaml"))
 
@@ -30,7 +31,7 @@ def composed(*overrides: str, config: str = "forget") -> DictConfig:
 
 
 def test_there_are_configs() -> None:
-    assert {"finetune", "forget", "eval_tofu"} <= set(PRIMARY)
+    assert {"finetune", "forget", "eval_tofu", "eval_everything"} <= set(PRIMARY)
     assert {"ga", "wga", "npo", "tnpo", "wtnpo", "rmu", "idk", "gd", "kl"} <= set(METHODS)
     assert set(RETAIN) == {"none", "gd", "kl"}
 
@@ -44,6 +45,14 @@ def test_primary(name: str) -> None:
     assert {"model_family", "seed", "batch_size", "dtype", "save_dir", "output_dir", "debug"} <= set(settings)
     assert not cfg.debug
     assert (CONFIG / f"{name}.yaml").read_text().startswith("# ")  # what it is, the command, where the results go
+
+
+@pytest.mark.parametrize("name", NO_MODEL)
+def test_primary_without_a_model(name: str) -> None:
+    cfg = composed(config=name)
+    assert OmegaConf.missing_keys(cfg) == set()
+    assert {"ckpt_result", "retain_result", "save_file", "debug"} <= set(cfg)
+    assert (CONFIG / f"{name}.yaml").read_text().startswith("# ")
 
 
 @pytest.mark.parametrize("retain", RETAIN)

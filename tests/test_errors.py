@@ -19,13 +19,16 @@ import basher1
 import settings
 import utils
 
-CONFIGS = {"finetune": "finetune", "forget": "forget", "tofu_evaluation": "eval_tofu"}
+CONFIGS = {"finetune": "finetune", "forget": "forget"}
+CONFIGS |= {"tofu_evaluation": "eval_tofu", "evaluation_everything": "eval_everything"}
 METHODS = "ga, gd, idk, kl, npo, rmu, tnpo, wga, wtnpo"
 FAMILIES = "llama2-7b, phi"
 SPLITS = "forget01, forget05, forget10"
 SET = "settings are key=value"
 TINY = "model_family=tiny model_path=model"  # in `place`: a folder that looks like a checkpoint of four layers
 GA = f"forget.py {TINY}"
+TOFU = f"tofu_evaluation.py {TINY} split=forget10"
+AGGREGATE = "--config-name=aggregate_eval_stat"
 
 CHECKED = [  # a command, and what its line needs to contain
     # methods and retain terms
@@ -96,7 +99,7 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} debug=maybe", ["debug=maybe", "true or false"]),
     (f"{GA} logger=paper", ["logger=paper", "tensorboard, wandb, trackio"]),
     (f"{GA} logger=trackio", ["logger=trackio", "pip install trackio"]),
-    (f"tofu_evaluation.py {TINY} ds_size=0", ["ds_size=0", "whole number of at least 1"]),
+    (f"{TOFU} ds_size=0", ["ds_size=0", "whole number of at least 1"]),
     # a method's layer, told from the checkpoint's config.json
     (f"{GA} method=rmu method.layer=5", ["method.layer=5", "model", "0 (its embeddings) to 4"]),
     (f"{GA} method=rmu", ["method.layer=7", "0 (its embeddings) to 4"]),
@@ -117,6 +120,33 @@ CHECKED = [  # a command, and what its line needs to contain
     ("forget.py model_family=tiny model_path=in_part", ["model_path=in_part", "model-2.safetensors", "not there"]),
     (f"{GA} save_dir=two.jsonl/run", ["save_dir=two.jsonl/run", "two.jsonl is a file"]),
     ("tofu_evaluation.py model_family=tiny", ["model_path", "folder"]),
+    # evaluations
+    ("evaluation_everything.py split=forget05", ["model_path", "folder"]),
+    ("evaluation_everything.py model_path=model split=forget10", ["model_family is missing", "model is of no run", FAMILIES]),
+    (f"evaluation_everything.py {TINY} split=", ["split is missing", SPLITS]),
+    (f"evaluation_everything.py {TINY} split=full", ["split=full", SPLITS]),
+    (f"evaluation_everything.py {TINY} split=forget10", ["model_family=tiny", "no fine-tuned model"]),
+    (f"evaluation_everything.py {TINY} split=forget10 similar=some", ["similar=some", "true or false"]),
+    (f"evaluation_everything.py {TINY} split=forget10 original_path=empty", ["original_path=empty", "without a checkpoint"]),
+    (
+        f"evaluation_everything.py {TINY} split=forget10 original_path=model data_path=some_splits",
+        ["forget10", "full, retain90"],
+    ),
+    (f"{TOFU} truth_ratio=harmonic", ["truth_ratio=harmonic", "geometric, arithmetic"]),
+    (f"{TOFU} generation.max_length=null", ["generation.max_length=null", "generation.max_new_tokens=N"]),
+    (f"{TOFU} retain_path=empty", ["retain_path=empty", "without a checkpoint"]),
+    (f"{TOFU} retain_path=model retain_result=log.json", ["retain_result=log.json", "retain_path=model", "one of the two"]),
+    (f"{TOFU} retain_result=nowhere.json", ["retain_result=nowhere.json", "no such file"]),
+    (f"{TOFU} retain_result=broken.jsonl", ["retain_result=broken.jsonl", "not JSON"]),
+    (f"{TOFU} retain_result=log.json", ["retain_result=log.json", "other questions", "1 forget rows", "has 40"]),
+    (f"{TOFU} forget_data=two.jsonl retain_data=two.jsonl retain_result=log.json", ["other questions", "has 2"]),
+    (f"{TOFU} save_dir=two.jsonl", ["save_dir=two.jsonl", "two.jsonl is a file"]),
+    (f"tofu_evaluation.py {AGGREGATE}", ["ckpt_result is missing"]),
+    (f"tofu_evaluation.py {AGGREGATE} ckpt_result=log.json", ["save_file is missing"]),
+    (f"tofu_evaluation.py {AGGREGATE} ckpt_result=nowhere.json save_file=a.csv", ["ckpt_result=nowhere.json", "no such file"]),
+    (f"tofu_evaluation.py {AGGREGATE} ckpt_result=log.json save_file=log.csv", ["save_file=log.csv", "the place of a log"]),
+    (f"tofu_evaluation.py {AGGREGATE} ckpt_result=log.json save_file=empty", ["save_file=empty", "a CSV file"]),
+    (f"tofu_evaluation.py {AGGREGATE} model_path=model", ["model_path", "ckpt_result, retain_result, save_file"]),
     # local data
     (f"{GA} forget_data=two.jsonl", ["forget_data=two.jsonl", "retain_data=FILE"]),
     (f"{GA} retain_data=two.jsonl", ["retain_data=two.jsonl", "forget_data=FILE"]),
@@ -160,9 +190,19 @@ COMMANDS = [  # the same as a user meets them: a process of their own, timed
     ("finetune.py model_family=lama", ["lama", FAMILIES]),
     ("finetune.py --config-name=nothing.yaml model_family=tiny", ["nothing", "finetune"]),
     (f"tofu_evaluation.py {TINY} split=full", ["full", SPLITS]),
+    (f"{TOFU} retain_result=log.json", ["retain_result=log.json", "other questions", "1 forget rows", "has 40"]),
+    (f"evaluation_everything.py {TINY} split=forget10", ["model_family=tiny", "no fine-tuned model"]),
     ("basher1.py xyz --model=tiny --setting=forget10", ["xyz", METHODS]),
     ("basher1.py ga --model=lama --setting=forget10 --cuda_id=3", ["lama", FAMILIES]),
 ]
+
+
+def one_row_log() -> dict[str, Any]:
+    """In TOFU's format, of a question that nobody asks."""
+    row = {"avg_gt_loss": 0.1, "rougeL_recall": 0.2, "average_perturb_loss": [0.3], "avg_paraphrased_loss": 0.4}
+    task = {key: {"0": value} for key, value in row.items()} | {"generated_text": {"0": ["Who?", "He.", "She."]}}
+    names = ("eval_log", "eval_real_author_wo_options", "eval_real_world_wo_options", "eval_log_forget")
+    return {f"{name}.json": task for name in names}
 
 
 @pytest.fixture
@@ -176,6 +216,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "blank.jsonl": "\n",
         "some_splits/full.json": row * 40,
         "some_splits/retain90.json": row,
+        "log.json": json.dumps(one_row_log()),
     }
     for folder in ("model", "a_run/checkpoint-5", "a_run/checkpoint-10"):
         files |= {
@@ -211,8 +252,10 @@ def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         if script == "basher1":
             code: Any = basher1.main(argv[1:])
         else:
+            module = importlib.import_module(script)
+            entry = module.run if AGGREGATE in line else module.prepare  # which reads two logs, and no model
             with pytest.raises(SystemExit) as stopped:
-                settings.cli(job or importlib.import_module(script).prepare, CONFIGS[script])
+                settings.cli(job or entry, CONFIGS[script])
             code = stopped.value.code
         out, err = capsys.readouterr()
         assert out == ""
@@ -319,7 +362,7 @@ def test_other_errors_are_one_line_too(call: Callable[..., tuple[int, str]]) -> 
 
 
 def test_a_model_that_does_not_load(place: Path) -> None:
-    done = run_in(place, f"python {ROOT}/tofu_evaluation.py {TINY}", check=False)
+    done = run_in(place, f"python {ROOT}/{TOFU}", check=False)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("tofu_evaluation.py: ")
@@ -376,6 +419,8 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
 def test_help_names_every_key_with_its_meaning(place: Path, script: str) -> None:
     done = run_in(place, f"python {ROOT}/{script}.py --help")
     assert done.stderr == ""
-    for words in ("batch_size: 4 # rows per process", "model_family: llama, ", "save_dir: null # the run's own folder"):
+    rows = "batch_size: 16 # changes nothing" if "evaluation" in script else "batch_size: 4 # rows per process"
+    for words in (rows, "model_family: llama, ", "save_dir: null # "):
         assert words in done.stdout
+    assert done.stdout.count("\nbatch_size: ") == 1
     assert ("method: ga, gd, idk, kl, npo, rmu, tnpo, wga, wtnpo" in done.stdout) == (script == "forget")

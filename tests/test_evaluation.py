@@ -59,16 +59,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         (data / f"{name}.json").write_text("".join(lines[:n]))
     (data / "full.json").write_text((data / "retain90.json").read_text() + (data / "forget10.json").read_text())
     tiny = json.loads((ROOT / "config/tiny/config.json").read_text())
-    small = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
+    small = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2}
     (folder / "small").mkdir()
     (folder / "small/config.json").write_text(json.dumps(tiny | small))
     common = ["model_family=tiny", f"hf_key={folder}/small", f"data_path={data}", "dtype=float32"]
     common += ["gradient_accumulation_steps=1"]
     full, retain, run = (folder / name for name in ("data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0", "retain", "run"))
-    for model, split in ((full, "full"), (retain, "retain90")):
+    for model, split, epochs in ((full, "full", 60), (retain, "retain90", 90)):
         words = [f"split={split}", f"save_dir={model}", "batch_size=8", "lr=4e-3"]
-        finetune.run(utils.compose_config("finetune", [*common, *words, "num_epochs=40"]))
-    words = ["split=forget10", "method=ga", f"model_path={full}", f"save_dir={run}", "batch_size=4", "lr=3e-4"]
+        finetune.run(utils.compose_config("finetune", [*common, *words, f"num_epochs={epochs}"]))
+    words = ["split=forget10", "method=ga", f"model_path={full}", f"save_dir={run}", "batch_size=4", "lr=2e-3"]
     forget.run(utils.compose_config("forget", [*common, *words, "num_epochs=1.5", "save_steps=1"]))
     shutil.rmtree(run / "checkpoint-2")
     return Place(data, full, retain, run)
@@ -77,7 +77,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def evaluate(script: ModuleType, folder: Path | None, **given: Any) -> None:
     """Run the script with its results in `folder` (None: where they go by themselves), in float32."""
     words = [f"{key.replace('__', '.')}={value}" for key, value in given.items()]
-    words += [SHORT] if script is tofu_evaluation else []
+    words = [SHORT, *words] if script is tofu_evaluation else words
     words += [f"save_dir={folder}"] if folder is not None else []
     script.run(utils.compose_config(CONFIGS[script], ["dtype=float32", *words]))
 
@@ -267,7 +267,9 @@ def test_logs_of_other_questions(by_path: Path, place: Place, tmp_path: Path) ->
     for texts in log["eval_log_forget.json"]["generated_text"].values():
         texts[0], texts[-1] = "Question: Who?\nAnswer:", "Nobody"
     file.write_text(json.dumps(log))
-    with pytest.raises(ValueError, match=r"not answer the same questions: forget row 0 is 'Question: Where.*', 'Question: Who"):
+    with pytest.raises(
+        ValueError, match=r"not answer the same questions: forget row 0 is 'Question: Where.* here, 'Question: Who"
+    ):
         aggregated(ckpt_result=by_path / "eval_log_aggregated.json", retain_result=file, save_file=tmp_path / "out.csv")
     words = [f"model_path={place.full}", "split=forget10", f"retain_result={file}"]
     with pytest.raises(ValueError, match=r"retain_result=.*: answers other questions: 8 forget rows"):
@@ -331,17 +333,17 @@ def test_the_control_search(everything: Path, place: Place) -> None:
     for weight, model in ((0.0, "original"), (1.0, "unlearned")):
         for data in ("forget", "retain"):
             assert float(curve[weight][f"{data}_ps"]) == found["ps"][model][data]["ps_exact"]
-    where, path = torch.device("cpu"), place.run / "checkpoint-3"
-    model, *models = (checkpoints.load_model(str(at), where) for at in (place.full, place.full, path))
-    weights = [dict(one.named_parameters()) for one in models]
-    tokenizer = checkpoints.load_tokenizer(str(place.full), "")
-    how = Pass(model, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    full, other, unlearned = (
+        checkpoints.load_model(str(path), torch.device("cpu")) for path in (place.full, place.full, place.run / "checkpoint-3")
+    )
+    weights, tokenizer = dict(unlearned.named_parameters()), checkpoints.load_tokenizer(str(place.full), "")
 
     def ps(weight: float, name: str) -> float:
-        mix(model, *weights, weight)
+        mix(other, dict(full.named_parameters()), weights, weight)
         rows = [json.loads(line) for line in (place.data / f"{name}.json").open()]
         pairs = [(f"Question: {row['question']}\nAnswer: ", row["answer"]) for row in rows]
-        return scores.mean([scores.ps_exact(one.right) for one in teacher_force(how, tokenize_pairs(pairs, tokenizer))])
+        forced = teacher_force(pass_of(other, tokenizer), tokenize_pairs(pairs, tokenizer))
+        return scores.mean([scores.ps_exact(one.right) for one in forced])
 
     passing = max(weight for weight in np.linspace(0, 1, 41) if ps(weight, "retain_perturbed") >= found["bar"])
     control = found["control"]
@@ -370,11 +372,10 @@ def test_a_whole_run(place: Place, loads: Counter[str], tmp_path: Path, nothing_
     shutil.copytree(place.run, run)
     models = [str(place.full), str(place.retain), *(str(run / f"checkpoint-{step}") for step in STEPS)]
     given: dict[str, Any] = {"model_path": run, "retain_path": place.retain}
-    more: dict[str, Any]
-    for script, more in ((tofu_evaluation, {}), (evaluation_everything, {"similar": "true"})):
+    for script in (tofu_evaluation, evaluation_everything):
         loads.clear()
-        for _ in range(3):
-            evaluate(script, None, **given, **more)
+        for _ in range(3 if script is evaluation_everything else 2):
+            evaluate(script, None, **given)
             assert loads == dict.fromkeys(models, 1)
     for step in STEPS:
         inside = {file.name for file in (run / f"checkpoint-{step}/eval_results/ds_size300").iterdir()}
@@ -387,7 +388,7 @@ def test_a_whole_run(place: Place, loads: Counter[str], tmp_path: Path, nothing_
     assert table[0]["forget_ps_exact"] == "1.0"
     assert (run / "figures/scores.pdf").stat().st_size > 1000
     nothing_is_measured()
-    evaluate(evaluation_everything, None, **given | {"model_path": run / "checkpoint-3"}, similar="true", batch_size=5)
+    evaluate(evaluation_everything, None, **given | {"model_path": run / "checkpoint-3"}, batch_size=5)
 
 
 def test_no_model_is_loaded_twice_without_control(place: Place, loads: Counter[str], tmp_path: Path) -> None:
@@ -519,7 +520,11 @@ def test_killed_and_started_again(
     part = evaluation.Progress.part
 
     def noted(self: evaluation.Progress, name: str, measure: Callable[[], Any]) -> Any:
-        return part(self, name, lambda: (measured.append(name), measure())[1])
+        def measure_and_note() -> Any:
+            measured.append(name)
+            return measure()
+
+        return part(self, name, measure_and_note)
 
     monkeypatch.setattr(evaluation.Progress, "part", noted)
     files: dict[str, dict[str, str]] = {}
