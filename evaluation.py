@@ -189,9 +189,10 @@ class Models:
     def tokenize(self, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         """Question-answer rows to tokens, no more than the model has positions for."""
         import dataloader
+        from unlearn.decoding import positions_of
 
         assert self.how is not None
-        positions = getattr(self.how.model.config, "max_position_embeddings", None) or self.cfg.max_length
+        positions = positions_of(self.how.model) or self.cfg.max_length
         return dataloader.tokenize(rows, self.tokenizer, self.family, min(self.cfg.max_length, positions))
 
 

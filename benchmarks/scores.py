@@ -200,8 +200,7 @@ def plain(bench: Bench, watch: Watch, width: int | None) -> Found:
     ends = [next((i for i, token in enumerate(tokens) if token in stops), None) for tokens in given]
     cut = [tokens[:end] for tokens, end in zip(given, ends, strict=True)]
     said = [text.strip() for text in bench.tokenizer.batch_decode(cut, skip_special_tokens=True)]
-    for kind in ("rouge1", "rougeL"):
-        scores.rouge_recalls(said, [row["answer"] for row in bench.texts], kind)
+    scores.rouge_recalls(said, [row["answer"] for row in bench.texts])
     watch.lap("rest")
     return {"losses": losses, "texts": said, "ended": [end is not None for end in ends]}
 

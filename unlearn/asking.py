@@ -58,7 +58,7 @@ def measure_task(
         "generated_text": [list(three) for three in zip(prompts, said, truths, strict=True)],
     }
     if answers:
-        log |= {f"{kind}_recall": scores.rouge_recalls(said, truths, kind) for kind in ("rouge1", "rougeL")}
+        log |= {f"{kind}_recall": recalls for kind, recalls in scores.rouge_recalls(said, truths).items()}
     if all(len(of) > 2 for of in of_row):
         log |= _perturbed([of[1] for of in of_row], [of[2:] for of in of_row])
         if real:

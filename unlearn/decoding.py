@@ -17,6 +17,7 @@ from unlearn.rows import Row
 from unlearn.tokens import head_at, unwrap
 
 MAX_LENGTH = 200  # prompt and answer, in tokens, as TOFU has it
+MORE = 4  # times a pass's rows are decoded at once: a step reads all weights for a token a row, however many rows there are
 
 
 def greedy_answers(
@@ -35,7 +36,8 @@ def greedy_answers(
         max_length: of prompt and answer together, in tokens (one token is always decoded); None: as `max_new_tokens` says.
         max_new_tokens: of the answer; None: as `max_length` says.
     """
-    limits = [_limit(prompt_length(row), max_length, max_new_tokens) for row in rows]
+    most = [n for n in (max_length, positions_of(how.model)) if n is not None]  # prompt and answer
+    limits = [_limit(prompt_length(row), most, max_new_tokens) for row in rows]
     stops = stop_tokens(how.model, how.eos)
     starts = [followed(draft) for draft in drafts] if drafts is not None else [[] for _ in rows]
     done = [len(start) >= n or stops & set(start) for start, n in zip(starts, limits, strict=True)]
@@ -58,7 +60,8 @@ def decode(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], what: s
     if not prefixes:
         return []
     order = sorted(range(len(prefixes)), key=lambda i: -len(prefixes[i]))
-    batches = [order[i : i + how.batch_size] for i in range(0, len(order), how.batch_size)]
+    size = MORE * how.batch_size
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
     stops = stop_tokens(how.model, how.eos)
     with how.evaluating():
         one = _decode_batch if shares_prompts(how.model) else _generate_batch
@@ -75,8 +78,14 @@ def stop_tokens(model: PreTrainedModel, eos: int) -> set[int]:
     return {eos, *(more if isinstance(more, list) else [more] if more is not None else [])}
 
 
-def _limit(prompt: int, max_length: int | None, max_new_tokens: int | None) -> int:
-    bounds = [max_length - prompt] if max_length is not None else []
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens the model has positions for, where it says so."""
+    positions: int | None = getattr(unwrap(model).config, "max_position_embeddings", None)
+    return positions
+
+
+def _limit(prompt: int, most: Sequence[int], max_new_tokens: int | None) -> int:
+    bounds = [length - prompt for length in most]
     bounds += [max_new_tokens] if max_new_tokens is not None else []
     return max(1, min(bounds, default=MAX_LENGTH))
 

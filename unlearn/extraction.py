@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unlearn import scores
 from unlearn.checkpoints import pad_id
-from unlearn.decoding import decode, greedy_answers
+from unlearn.decoding import decode, greedy_answers, positions_of
 from unlearn.forcing import Forced, Pass, prompt_length, teacher_force
 from unlearn.rows import Row, tokenize_pairs
 from unlearn.tokens import IGNORE
@@ -108,7 +108,7 @@ def score_rows(
     Columns: loss, probability, ps_exact, extraction_strength, exact_memorization; zlib, min_k, min_k_plus_plus, reference (nan
     without a `reference`, the retain model); generated_text, rougeL_recall. In float64 where the model is.
     """
-    rows = tokenize_pairs(pairs, tokenizer, max_length)
+    rows = tokenize_pairs(pairs, tokenizer, min(max_length, positions_of(model) or max_length))
     how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, batch_size=batch_size)
     forced = teacher_force(how, rows, moments=True)
     others: list[float | None] = [None] * len(rows)
@@ -116,7 +116,7 @@ def score_rows(
         others = [one.loss for one in teacher_force(Pass(reference, how.pad, how.eos, batch_size=batch_size), rows)]
     texts = [answer for _, answer in pairs]
     answers = greedy_answers(how, rows, tokenizer, forced, max_length=None, max_new_tokens=max_new_tokens)
-    recalls = scores.rouge_recalls(answers, texts)
+    recalls = scores.rouge_recalls(answers, texts)["rougeL"]
     return pd.DataFrame(
         knowledge(one) | membership(one, text, loss) | {"generated_text": answer, "rougeL_recall": recall}
         for one, text, loss, answer, recall in zip(forced, texts, others, answers, recalls, strict=True)

@@ -79,12 +79,14 @@ def forget_quality(ratios: ArrayLike, retain_ratios: ArrayLike) -> tuple[float, 
     return float(test.pvalue), float(test.statistic)
 
 
-def rouge_recalls(answers: Sequence[str], truths: Sequence[str], kind: str = "rougeL") -> list[float]:
-    """Each row's ROUGE recall with stemming; of ROUGE-L, the share of the truth that the longest common subsequence covers."""
+def rouge_recalls(answers: Sequence[str], truths: Sequence[str]) -> dict[str, list[float]]:
+    """Each row's `rouge1` and `rougeL` recall with stemming: the share of the truth's words that the answer has; in order, for
+    `rougeL`."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer([kind], use_stemmer=True)
-    return [scorer.score(truth, answer)[kind].recall for answer, truth in zip(answers, truths, strict=True)]
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    found = [scorer.score(truth, answer) for answer, truth in zip(answers, truths, strict=True)]
+    return {kind: [row[kind].recall for row in found] for kind in ("rouge1", "rougeL")}
 
 
 # ---- extraction and memorisation ----
