@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import settings
 import utils
 from forget import build_loss, original_of
-from unlearn.files import fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,7 +173,7 @@ def check_weights(folder: Path, steps: Steps) -> None:
     """Note which weights each step is of. Raises ValueError where its tables are of others."""
     file = folder / "weights.json"
     noted = json.loads(file.read_text()) if file.exists() else {}
-    here = {str(step): fingerprint(Path(path)) if Path(path).is_dir() else path for step, path in steps}
+    here = {str(step): utils.weights_of(path) for step, path in steps}
     if other := [step for step, weights in here.items() if noted.get(step, weights) != weights]:
         raise ValueError(
             f"{folder} has the G-effects of other weights at step {', '.join(other)}; remove it, or give save_dir=FOLDER"

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import settings
 import utils
-from unlearn.files import fingerprint, remove_whole, write_whole
+from unlearn.files import remove_whole, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,14 +174,13 @@ class Models:
     def _load(self, path: str) -> Pass:
         import torch
 
-        from unlearn.checkpoints import load_model, load_tokenizer, pad_id
+        from unlearn.checkpoints import lacks_tokenizer, load_model, load_tokenizer, pad_id
         from unlearn.forcing import Pass
 
         float64 = self.cfg.dtype == "float64"
         bf16 = not float64 and utils.use_bfloat16(self.cfg.dtype, self.family)
         kind = torch.float64 if float64 else torch.float32
-        bare = Path(path).is_dir() and not any(Path(path).glob("tokenizer*"))
-        made_here = bare and self.family.from_scratch  # then the family's tokenizer is where its fine-tuned model is
+        made_here = lacks_tokenizer(path) and self.family.from_scratch  # then it is with the family's fine-tuned model
         self.tokenizer = load_tokenizer(path, utils.original_model(self.family, self.cfg) if made_here else self.family.hf_key)
         model = load_model(path, utils.device(), self.family.flash_attention2 and bf16, kind)
         return Pass(model, pad_id(self.tokenizer), self.tokenizer.eos_token_id, bf16, self.cfg.batch_size)
@@ -207,7 +206,7 @@ class Progress:
         self.target, self.resume = target, target.folder / "resume" / name
         self.record_file = target.folder / f"{name}.yaml"
         utils.check_run(target.folder, cfg, MAY_DIFFER | may_differ, self.record_file.name)
-        self.record = utils.record_of(cfg) | {"weights": {path: weights_of(path) for path in weights}}
+        self.record = utils.record_of(cfg) | {"weights": {path: utils.weights_of(path) for path in weights}}
         before = yaml.safe_load(self.record_file.read_text()) if self.record_file.exists() else {}
         self.fresh = before.get("weights") != self.record["weights"]
         self.finished = not self.fresh and before.get("finished") is True
@@ -239,11 +238,6 @@ class Progress:
 
     def _note(self, **more: Any) -> None:
         write_whole(self.record_file, yaml.safe_dump(self.record | more, sort_keys=False))
-
-
-def weights_of(path: str) -> str:
-    """What tells a model's weights from others: those of a folder by their bytes, those of the hub by their name."""
-    return fingerprint(Path(path)) if Path(path).is_dir() else path
 
 
 def _what_counts(made_of: dict[str, Any]) -> dict[str, Any]:
@@ -293,9 +287,3 @@ def no_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: no_nan(one) for key, one in value.items()}
     return "not available" if isinstance(value, float) and value != value else value
-
-
-def joined(rows: list[dict[str, Any]], perturbed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with what their perturbed ones, found by question, have beside: paraphrases and wrong answers."""
-    by_question = {row["question"]: row for row in perturbed}
-    return [by_question.get(row["question"], {}) | row for row in rows]

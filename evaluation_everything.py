@@ -53,10 +53,16 @@ def read_rows(cfg: DictConfig) -> dict[str, Rows]:
         return {"forget": data.forget, "retain": data.held_out, "holdout": []}
     more = {name: dataloader.read_split(cfg.data_path, name) for name in (f"{cfg.split}_perturbed", "retain_perturbed")}
     return {
-        "forget": evaluation.joined(data.forget, more[f"{cfg.split}_perturbed"]),
-        "retain": evaluation.joined(data.held_out, more["retain_perturbed"]),
+        "forget": joined(data.forget, more[f"{cfg.split}_perturbed"]),
+        "retain": joined(data.held_out, more["retain_perturbed"]),
         "holdout": dataloader.read_split(cfg.data_path, holdout_split(cfg)) if no_holdout(cfg) is None else [],
     }
+
+
+def joined(rows: Rows, perturbed: Rows) -> Rows:
+    """The rows with what their perturbed ones, found by question, have beside: paraphrases and wrong answers."""
+    by_question = {row["question"]: row for row in perturbed}
+    return [by_question.get(row["question"], {}) | row for row in rows]
 
 
 def holdout_split(cfg: DictConfig) -> str:
@@ -114,7 +120,8 @@ def evaluate(
     retain = None
     if cfg.retain_path is not None:
         retain = progress.part("retain_model", partial(of, cfg.retain_path, True))
-        models.drop(cfg.retain_path)
+        if cfg.retain_path not in (cfg.original_path, target.path):
+            models.drop(cfg.retain_path)
         for data in ("forget", "holdout"):
             for row, other in zip(measured["unlearned"][data], retain[data], strict=True):
                 row["reference"] = row["loss"] - other["loss"]

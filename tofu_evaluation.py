@@ -140,7 +140,7 @@ def retain_log(cfg: DictConfig, target: evaluation.Target, measure: Callable[...
         return read_log("retain_result", cfg.retain_result)
     if cfg.retain_path is None:
         return None
-    file, weights = target.folder / "retain_model.json", evaluation.weights_of(cfg.retain_path)
+    file, weights = target.folder / "retain_model.json", utils.weights_of(cfg.retain_path)
     found = json.loads(file.read_text()) if file.exists() else {}
     if found.get("weights") != weights:
         log = {"eval_log_forget.json": measure(cfg.retain_path, "forget", answers=False)}
@@ -164,9 +164,7 @@ def evaluate(cfg: DictConfig, target: evaluation.Target, sets: list[str], measur
             utils.write_json(log_file, log)
     found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon)
     other = retain_log(cfg, target, measure) if "truth_ratio" in found["forget"] else None
-    found["forget_quality"] = (
-        no_quality(cfg, found) if other is None else tofu.forget_quality(log, other, cfg.truth_ratio, cfg.epsilon)
-    )
+    found["forget_quality"] = quality(cfg, found, log, other)
     if utils.is_main_process():
         write(cfg, target, progress, found)
     progress.close()
@@ -174,8 +172,12 @@ def evaluate(cfg: DictConfig, target: evaluation.Target, sets: list[str], measur
     utils.say(f"{target.path}: the log and the scores are in {target.folder}")
 
 
-def no_quality(cfg: DictConfig, found: dict[str, Any]) -> str:
-    """Why there is no Forget Quality, and what would give it."""
+def quality(cfg: DictConfig, found: dict[str, Any], log: dict[str, Any], retain: dict[str, Any] | None) -> Any:
+    """Forget Quality against the retain model's log, or why there is none, and what would give it."""
+    if retain is not None:
+        from unlearn import tofu
+
+        return tofu.forget_quality(log, retain, cfg.truth_ratio, cfg.epsilon)
     if "truth_ratio" not in found["forget"]:
         return f"not available: rows of forget_data={cfg.forget_data} lack perturbed_answer, a list of wrong answers"
     published = utils.load_family(cfg.model_family).retain_model_path if "model_family" in cfg else None
@@ -254,9 +256,7 @@ def aggregate_logs(cfg: DictConfig) -> None:
     from unlearn import tofu
 
     found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon)
-    found["forget_quality"] = (
-        no_quality(cfg, found) if other is None else tofu.forget_quality(log, other, cfg.truth_ratio, cfg.epsilon)
-    )
+    found["forget_quality"] = quality(cfg, found, log, other)
     write_statistics(Path(cfg.save_file), found, cfg.method_name or Path(cfg.ckpt_result).stem, cfg.submitted_by)
     record = {"settings": utils.flatten(cfg), "versions": utils.versions()}
     utils.write_json(details, evaluation.no_nan(found | {"definitions": definitions(cfg)} | record))

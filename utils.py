@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from unlearn.files import count_parameters, locked, remove_whole, write_whole
+from unlearn.files import count_parameters, fingerprint, locked, remove_whole, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -294,6 +294,11 @@ def run_checkpoints(run: Path) -> list[tuple[int, Path]]:
     """A run's checkpoints that are whole, in the order of their steps."""
     found = [(step, folder) for folder in run.glob("checkpoint-*") if (step := step_of(folder)) is not None]
     return sorted((step, folder) for step, folder in found if is_checkpoint(folder))
+
+
+def weights_of(path: str) -> str:
+    """What tells a model's weights from others: those of a folder by their bytes, those of the hub by their name."""
+    return fingerprint(Path(path)) if Path(path).is_dir() else path
 
 
 def find_path(path: str) -> str:

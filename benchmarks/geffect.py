@@ -44,7 +44,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,7 +54,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-from measuring import flop_counter, matrix_speed, now, padded, positive, prepare, reset_peak, spread, surroundings, times
+from measuring import (
+    attention,
+    flop_counter,
+    matrix_speed,
+    now,
+    padded,
+    positive,
+    prepare,
+    ratio,
+    reached,
+    reset_peak,
+    spread,
+    surroundings,
+    target_line,
+    where_lines,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -248,16 +262,6 @@ def average(averages: Vectors, new: Vectors) -> None:
             averages[name].lerp_(value, PUBLISHED_NEW)
         else:
             averages[name] = value
-
-
-@contextmanager
-def attention(model: PreTrainedModel, kind: str) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation(kind)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 # ---- the cases ----
@@ -485,16 +489,6 @@ def numbers(record: Record, seconds: list[float], speeds: list[float]) -> dict[s
     return asdict(record) | {"share_of_matrix_speed": spread(shares), "seconds_of_v": median(v) if v else None}
 
 
-def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
-    return spread([x / y for x, y in zip(above, below, strict=True)])
-
-
-def reached(seconds: dict[str, list[float]], above: str, below: str, sign: str, bound: float) -> dict[str, Any]:
-    found = ratio(seconds[above], seconds[below])
-    met = found["median"] >= bound if sign == ">=" else found["median"] <= bound
-    return {"above": above, "below": below, "sign": sign, "bound": bound, "ratio": found, "met": met}
-
-
 # ---- the page ----
 
 
@@ -525,21 +519,9 @@ def report(results: dict[str, Any]) -> str:
         "",
         "| seconds of | over those of | target | measured | |",
         "|---|---|---|---|---|",
-        *map(target_line, results["targets"]),
+        *(target_line(target, DERIVED) for target in results["targets"]),
     ]
     return "\n".join(lines) + "\n"
-
-
-def where_lines(results: dict[str, Any]) -> list[str]:
-    where = results["surroundings"]
-    preloaded = f"; preloaded {', '.join(where['preloaded'])}" if where["preloaded"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    attention = ", ".join(f"{name} {how}" for name, how in results["attention"].items())
-    return [
-        f"{where['gpu'] or where['processor']}; {where['threads']} threads{preloaded}",
-        f"{versions}; commit {where['commit']}; {results['dtype']}; seed {where['seed']}",
-        f"Attention: {attention}.",
-    ]
 
 
 def row_line(results: dict[str, Any]) -> str:
@@ -602,13 +584,6 @@ def agreement_lines(results: dict[str, Any]) -> list[str]:
             f" in {batches} batches (e)."
         )
     return lines
-
-
-def target_line(target: dict[str, Any]) -> str:
-    names = [DERIVED.get(target[key], target[key]) for key in ("above", "below")]
-    met = "met" if target["met"] else "missed"
-    sign = "at least" if target["sign"] == ">=" else "at most"
-    return f"| {names[0]} | {names[1]} | {sign} {target['bound']:g} | {times(target['ratio'])} | {met} |"
 
 
 # ---- the command ----

@@ -10,6 +10,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import dataloader
@@ -150,3 +152,52 @@ def padded(rows: list[dataloader.Row], pad_to: int | None, pad: int) -> dict[str
     missing = 0 if pad_to is None else pad_to - batch["input_ids"].shape[1]
     fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORE}
     return {key: F.pad(batch[key], (0, missing), value=value).to(utils.device()) for key, value in fill.items()}
+
+
+@contextmanager
+def attention(model: Any, kind: str) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(kind)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
+    return spread([x / y for x, y in zip(above, below, strict=True)])
+
+
+def reached(seconds: dict[str, list[float]], above: str, below: str, sign: str, bound: float) -> dict[str, Any]:
+    found = ratio(seconds[above], seconds[below])
+    met = found["median"] >= bound if sign == ">=" else found["median"] <= bound
+    return {"above": above, "below": below, "sign": sign, "bound": bound, "ratio": found, "met": met}
+
+
+def where_lines(results: dict[str, Any]) -> list[str]:
+    where = results["surroundings"]
+    preloaded = f"; preloaded {', '.join(where['preloaded'])}" if where["preloaded"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    attention = ", ".join(f"{name} {how}" for name, how in results["attention"].items())
+    return [
+        f"{where['gpu'] or where['processor']}; {where['threads']} threads{preloaded}",
+        f"{versions}; commit {where['commit']}; {results['dtype']}; seed {where['seed']}",
+        f"Attention: {attention}.",
+    ]
+
+
+def target_line(target: dict[str, Any], derived: Mapping[str, str] | None = None) -> str:
+    """The page's line of a ratio and its target; `derived`: what cases that were not run are called."""
+    names = [(derived or {}).get(target[key], target[key]) for key in ("above", "below")]
+    met = "met" if target["met"] else "missed"
+    sign = "at least" if target["sign"] == ">=" else "at most"
+    return f"| {names[0]} | {names[1]} | {sign} {target['bound']:g} | {times(target['ratio'])} | {met} |"
+
+
+def row_nlls(model: nn.Module, batch: dict[str, Tensor], bf16: bool) -> Tensor:
+    """(B,) nats: the sum of l_t over each row's label tokens, from the logits of all positions."""
+    with torch.autocast(utils.device().type, torch.bfloat16, enabled=bf16):
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]  # (B, T-1, V), (B, T-1)
+    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return nll.view(labels.shape).sum(1)

@@ -49,12 +49,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-from geffect import attention, ratio, reached, target_line, where_lines
-from measuring import now, padded, positive, prepare, reset_peak, spread, surroundings
+from measuring import (
+    attention,
+    now,
+    padded,
+    positive,
+    prepare,
+    ratio,
+    reached,
+    reset_peak,
+    row_nlls,
+    spread,
+    surroundings,
+    target_line,
+    where_lines,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from training import row_nlls
 from transformers import GenerationConfig
 
 import dataloader

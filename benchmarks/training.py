@@ -49,7 +49,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-from measuring import flop_counter, matrix_speed, now, padded, positive, prepare, reset_peak, spread, surroundings, times
+from measuring import (
+    flop_counter,
+    matrix_speed,
+    now,
+    padded,
+    positive,
+    prepare,
+    reset_peak,
+    row_nlls,
+    spread,
+    surroundings,
+    times,
+)
 from torch import Tensor, nn
 from torch.profiler import DeviceType, ProfilerActivity, profile
 from tqdm import tqdm
@@ -61,7 +73,6 @@ import forget
 import utils
 from unlearn.checkpoints import load_model, load_tokenizer, pad_id
 from unlearn.forcing import Pass, token_nlls
-from unlearn.tokens import IGNORE
 from unlearn.training import peak_memory, train
 
 if TYPE_CHECKING:
@@ -131,15 +142,6 @@ def plain_gradient(plain: Plain, rows: list[dataloader.Row], pad_to: int | None)
         loss.backward()
         total += loss.detach()
     return total
-
-
-def row_nlls(model: nn.Module, batch: dict[str, Tensor], bf16: bool) -> Tensor:
-    """(B,) nats: the sum of l_t over each row's label tokens, from the logits of all positions."""
-    with torch.autocast(utils.device().type, torch.bfloat16, enabled=bf16):
-        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]  # (B, T-1, V), (B, T-1)
-    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return nll.view(labels.shape).sum(1)
 
 
 def shared_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:

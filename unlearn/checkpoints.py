@@ -24,10 +24,14 @@ from transformers.utils import is_flash_attn_2_available, logging
 from unlearn.files import written_whole
 
 
+def lacks_tokenizer(path: str) -> bool:
+    """Whether the path is a folder without one."""
+    return Path(path).is_dir() and not any(Path(path).glob("tokenizer*"))
+
+
 def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, else the one at `fallback`."""
-    bare = Path(path).is_dir() and not any(Path(path).glob("tokenizer*"))
-    return AutoTokenizer.from_pretrained(fallback if bare else path)
+    return AutoTokenizer.from_pretrained(fallback if lacks_tokenizer(path) else path)
 
 
 def load_model(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearn.forcing import Forced, Pass, over_processes, prompt_length, shares_prompts
+from unlearn.forcing import Forced, Pass, over_batches, prompt_length, shares_prompts
 from unlearn.rows import Row
 from unlearn.tokens import head_at, unwrap
 
@@ -65,7 +65,7 @@ def decode(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], what: s
     stops = stop_tokens(how.model, how.eos)
     with how.evaluating():
         one = _decode_batch if shares_prompts(how.model) else _generate_batch
-        found = over_processes(
+        found = over_batches(
             batches, lambda batch: one(how, [prefixes[i] for i in batch], [limits[i] for i in batch], stops), what
         )
     return [found[i] for i in range(len(prefixes))]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from unlearn.risks import evaluating
 from unlearn.rows import Row, collate
 from unlearn.tokens import IGNORE, head_at, token_outputs, unwrap, widen
 
@@ -84,24 +85,24 @@ class Pass:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """In eval mode, without gradients, under autocast where wanted."""
-        training = self.model.training
-        self.model.eval()
-        with torch.no_grad(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+        autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+        with evaluating(self.model, checkpointing=False), torch.no_grad(), autocast:
             yield
-        self.model.train(training)
 
 
 def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: str = "teacher forcing") -> list[Forced]:
     """One `Forced` a row, float32 or wider on the CPU; `moments`: with mean and variance."""
+    distinct: dict[tuple[Prompt, Prompt], Row] = {}
     keys = [(tuple(row["input_ids"].tolist()), tuple(row["labels"].tolist())) for row in rows]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    distinct = [rows[i] for i in first.values()]
+    for key, row in zip(keys, rows, strict=True):
+        distinct.setdefault(key, row)
+    once = list(distinct.values())
     with how.evaluating():
         share = shares_prompts(how.model)
-        prompts = [_prompt(row) if share else None for row in distinct]
-        batches = _plan(distinct, prompts, how.batch_size)
-        found = over_processes(batches, _Measure(how, distinct, prompts, moments), what)
-    return [found[place] for place in map({key: i for i, key in enumerate(first)}.__getitem__, keys)]
+        prompts = [_prompt(row) if share else None for row in once]
+        found = over_batches(_plan(once, prompts, how.batch_size), _Measure(how, once, prompts, moments), what)
+    place = {key: i for i, key in enumerate(distinct)}
+    return [found[place[key]] for key in keys]
 
 
 def token_nlls(how: Pass, rows: Sequence[Row], what: str = "losses") -> list[Tensor]:
@@ -114,7 +115,7 @@ def token_mean(nlls: Sequence[Tensor]) -> float:
     return torch.cat(list(nlls)).double().mean().item()
 
 
-def over_processes(batches: Sequence[list[int]], measure: Callable[[list[int]], Sequence[Any]], what: str) -> dict[int, Any]:
+def over_batches(batches: Sequence[list[int]], measure: Callable[[list[int]], Sequence[Any]], what: str) -> dict[int, Any]:
     """`measure` on this process's share of the batches of row numbers; the results of all by row number."""
     state = PartialState()
     mine = batches[state.process_index :: state.num_processes]
