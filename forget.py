@@ -33,6 +33,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
     cfg.lr = family.unlearn_lr if cfg.lr is None else cfg.lr
     rows = settings.check_forget_data(cfg)
     settings.check_logger(cfg.logger)
+    settings.check_optimizer(cfg.optim)
     cfg.model_path = original_of(cfg, family)
     if cfg.method.name in ("gd", "kl") and cfg.retain.name != cfg.method.name:
         raise ValueError(
@@ -65,7 +66,8 @@ def original_of(cfg: DictConfig, family: utils.Family) -> str:
 
 def checkpoints(cfg: DictConfig, steps: int) -> set[Path]:
     """The folders that the run leaves."""
-    return {Path(cfg.save_dir, f"checkpoint-{step}") for step in [*range(cfg.save_steps, steps, cfg.save_steps), steps]}
+    saved = [*range(cfg.save_steps, steps, cfg.save_steps), steps]
+    return {Path(cfg.save_dir, f"checkpoint-{step}") for step in saved[-(cfg.keep_last or 0) :]}
 
 
 def run(cfg: DictConfig) -> None:
@@ -113,7 +115,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     batches = dataloader.step_batches(cfg, target, retain, steps, utils.processes(), pad)
 
     began = time.time()
-    publish = partial(save_checkpoint, folder, tokenizer, cfg.save_dtype)
+    publish = partial(save_checkpoint, folder, tokenizer, cfg.save_dtype, cfg.keep_last)
     training = utils.training_settings(cfg, family, steps, per_epoch)
     loss = build_loss(cfg, model, copy.deepcopy(model) if cfg.retain.reference else None)
     if loss.noise is not None and utils.is_main_process():

@@ -5,7 +5,9 @@ Nothing here imports torch: a mistyped command is answered at once.
 
 from __future__ import annotations
 
+import argparse
 import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -13,10 +15,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -57,13 +60,16 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach us
     codes: list[int] = []
+    sweep: Path | None = None
 
     @functools.wraps(run)
     def job(cfg: DictConfig) -> Any:  # Hydra would print a line of its own, and stop a sweep
-        try:
-            return run(cfg)
-        except Exception as error:
-            codes.append(report(error, config_name))
+        with noted(cfg) as failed:
+            try:
+                return run(cfg)
+            except Exception as error:
+                failed.append(one_line(error, config_name))
+                codes.append(report(error, config_name))
 
     sys.argv[1:] = map(quote, sys.argv[1:])
     stop_at_once()
@@ -74,14 +80,74 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
         config_name = args.config_name or config_name
         if args.help:
             return print(help_text(sys.modules[run.__module__].__doc__ or "", config_name))
+        sweep = open_sweep(args, config_name) if args.multirun else None
         hydra.main(version_base=None, config_path=str(CONFIG), config_name=config_name)(job)()
     except Stopped as stopped:
         _tell(f"{stopped}; the same command goes on from what is saved")
         codes.append(stopped.code)
     except Exception as error:
         codes.append(report(error, config_name))
+    if sweep is not None and close_sweep(sweep):
+        codes.append(1)
     if codes:
         sys.exit(max(codes))
+
+
+def open_sweep(args: argparse.Namespace, config_name: str) -> Path:
+    """The folder of a sweep's summary, told by its script and its settings: the same call again has the same one."""
+    given = [word.partition("=")[2] for word in args.overrides if word.startswith("hydra.sweep.dir=")]
+    where = [word.partition("=")[2] for word in args.overrides if word.startswith("output_dir=")]
+    digest = hashlib.sha256("\n".join(sorted(args.overrides)).encode()).hexdigest()[:8]
+    name = f"{Path(sys.argv[0]).stem}_{digest}"
+    output_dir = where[-1].strip("'\"") if where else compose_config(config_name).output_dir
+    folder = Path(given[-1].strip("'\"")) if given else Path(output_dir, "sweeps", name)
+    check_folder(folder, "output_dir")
+    for file in (folder / "jobs").glob("*.json"):  # of an earlier call
+        file.unlink()
+    if not given:
+        sys.argv.append(quote(f"hydra.sweep.dir='{folder}'"))
+    return folder
+
+
+@contextmanager
+def noted(cfg: DictConfig) -> Iterator[list[str]]:
+    """Around a job of a sweep: how it ends stands in the sweep's folder. What it failed with is put into the list."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    failed: list[str] = []
+    job = HydraConfig.get()
+    if job.mode != RunMode.MULTIRUN or int(os.environ.get("RANK", 0)) != 0:
+        yield failed
+        return
+    from unlearn.files import write_whole
+
+    def note(status: str) -> None:
+        record = {
+            "settings": list(job.overrides.task),
+            "status": status,
+            "folder": cfg.get("save_dir"),
+            "error": "".join(failed),
+        }
+        write_whole(Path(job.sweep.dir, "jobs", f"{job.job.num}.json"), json.dumps(record, indent=2) + "\n")
+
+    note("did not end")
+    yield failed
+    note("failed" if failed else "done")
+
+
+def close_sweep(sweep: Path) -> bool:
+    """Summarise the sweep, and say which of its jobs failed; returns whether any did."""
+    if int(os.environ.get("RANK", 0)) != 0 or not (sweep / "jobs").is_dir():
+        return False
+    from unlearn.sweeps import summarise, told
+
+    table = summarise(sweep)
+    failures = told(table)
+    for line in failures:
+        _tell(line)
+    _tell(f"{len(table) - len(failures)} of {len(table)} jobs are done; the summary is {sweep / 'summary.csv'}")
+    return bool(failures)
 
 
 def quote(word: str) -> str:
@@ -216,6 +282,24 @@ def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
     return lambda x: any(x == c and type(x) is type(c) for c in choices), f"one of {', '.join(map(str, choices))}"
 
 
+class Optimizer(NamedTuple):
+    """How many bytes it keeps of each parameter, and the library that it is of, beside PyTorch's and transformers' own."""
+
+    state: float
+    library: str | None = None
+
+
+OPTIMIZERS = {
+    "adamw_torch_fused": Optimizer(8),
+    "adamw_torch": Optimizer(8),
+    "sgd": Optimizer(0),
+    "adafactor": Optimizer(0),
+    "adamw_8bit": Optimizer(2, "bitsandbytes"),
+    "paged_adamw_32bit": Optimizer(8, "bitsandbytes"),
+    "paged_adamw_8bit": Optimizer(2, "bitsandbytes"),
+    "adamw_torch_8bit": Optimizer(2, "torchao"),
+    "adamw_torch_4bit": Optimizer(1, "torchao"),
+}
 BOOL = (lambda x: isinstance(x, bool), "true or false")
 LIST = (lambda x: isinstance(x, Sequence) and not isinstance(x, str), "a list, [A,B,...]")
 VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -250,7 +334,8 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": _one_of("auto", "float32", "bfloat16"),
     "weights": _one_of("float32", "bfloat16"),
     "save_dtype": _one_of("float32", "bfloat16"),
-    "optim": _one_of("adamw_torch_fused", "adamw_torch", "sgd", "adafactor"),
+    "optim": _one_of(*OPTIMIZERS),
+    "keep_last": _number(1, whole=True),
     "logger": _one_of("tensorboard", "wandb", "trackio"),
     "geffect.instances": BOOL,
     "geffect.norms": BOOL,
@@ -336,9 +421,16 @@ def check_logger(logger: str | None) -> None:
         raise ValueError(f"logger={logger}: not installed; pip install {logger}")
 
 
+def check_optimizer(name: str) -> None:
+    """Raises ValueError where the library that the optimiser is of is not installed."""
+    library = OPTIMIZERS[name].library
+    if library is not None and importlib.util.find_spec(library) is None:
+        others = ", ".join(other for other, of in OPTIMIZERS.items() if of.library is None)
+        raise ValueError(f"optim={name}: is of {library}, which is not installed; pip install {library}, or one of {others}")
+
+
 # ---- where a run writes ----
 
-OPTIMIZER_NUMBERS = {"sgd": 0, "adafactor": 0}  # that it keeps of each parameter; 2 for those of Adam's kind
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -364,7 +456,8 @@ def check_disk(cfg: DictConfig, checkpoints: set[Path], parameters: int) -> None
     """
     folder = Path(cfg.save_dir)
     missing = sum(not is_checkpoint(checkpoint) for checkpoint in checkpoints)
-    state = parameters * BYTES["float32"] * (1 + OPTIMIZER_NUMBERS.get(cfg.optim, 2))
+    missing += missing > 0 and cfg.get("keep_last") is not None  # a new one is written before an old one goes
+    state = round(parameters * (BYTES["float32"] + OPTIMIZERS[cfg.optim].state))
     there = sum(file.stat().st_size for file in folder.glob("resume/**/*") if file.is_file())
     needed = missing * parameters * BYTES[cfg.save_dtype] + (max(0, 2 * state - there) if missing else 0)
     free = shutil.disk_usage(nearest(folder)).free
@@ -372,7 +465,8 @@ def check_disk(cfg: DictConfig, checkpoints: set[Path], parameters: int) -> None
         raise ValueError(
             f"save_dir={folder}: {free / 2**30:.2f} GiB are free there, and the run writes {needed / 2**30:.2f} GiB: {missing}"
             f" checkpoints of {parameters:,} parameters in {cfg.save_dtype}, and twice {state / 2**30:.2f} GiB to go on from"
-            " when it is killed (save_steps=N: fewer checkpoints; save_dtype=bfloat16: half their size)"
+            " when it is killed (save_steps=N: fewer checkpoints; keep_last=N: the newest alone; save_dtype=bfloat16: half"
+            " their size)"
         )
 
 

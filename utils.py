@@ -42,11 +42,21 @@ HUB_TOFU = "locuslab/TOFU"
 UNNAMED = {
     *("model_family", "split", "lr", "num_epochs", "weight_decay", "hyper_param", "method.layer"),
     *("model_path", "hf_key", "data_path", "forget_data", "retain_data", "save_dir", "output_dir"),
-    *("gradient_checkpointing", "save_steps", "save_dtype", "logger", "debug", "method.name", "method.run_name", "retain.name"),
+    *(
+        "gradient_checkpointing",
+        "save_steps",
+        "keep_last",
+        "save_dtype",
+        "logger",
+        "debug",
+        "method.name",
+        "method.run_name",
+        "retain.name",
+    ),
     *("eval.every", "geffect.every", "geffect.retain_rows", "geffect.instances", "geffect.norms"),
 }
 # What may differ when a run is started again.
-PLACES = {"save_dir", "output_dir", "debug", "logger", "save_steps", "gradient_checkpointing"}
+PLACES = {"save_dir", "output_dir", "debug", "logger", "save_steps", "keep_last", "gradient_checkpointing"}
 
 OmegaConf.register_new_resolver(
     "hyper", lambda default, *, _root_: default if _root_.hyper_param is None else _root_.hyper_param, replace=True

@@ -91,6 +91,14 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} dtype=float8", ["float8", "auto, float32, bfloat16"]),
     (f"{GA} save_dtype=float8", ["float8", "float32, bfloat16"]),
     ("finetune.py model_family=tiny optim=foo", ["foo", "adamw_torch_fused", "sgd"]),
+    (
+        f"{GA} optim=adamw_8bit",
+        ["optim=adamw_8bit", "pip install bitsandbytes", "adamw_torch_fused, adamw_torch, sgd, adafactor"],
+    ),
+    ("finetune.py model_family=tiny optim=paged_adamw_8bit", ["optim=paged_adamw_8bit", "pip install bitsandbytes"]),
+    (f"{GA} optim=adamw_torch_4bit", ["optim=adamw_torch_4bit", "pip install torchao"]),
+    (f"{GA} keep_last=0", ["keep_last=0", "whole number of at least 1"]),
+    (f"{GA} keep_last=two", ["keep_last=two", "whole number of at least 1"]),
     (f"{GA} save_steps=0", ["save_steps=0", "whole number of at least 1"]),
     (f"{GA} hyper_param=abc", ["hyper_param=abc", "number"]),
     (f"{GA} method=npo hyper_param=0", ["beta=0", "number above 0"]),
@@ -345,7 +353,10 @@ def test_a_bad_job_does_not_end_a_sweep(call: Callable[..., tuple[int, str]]) ->
         if cfg.lr < 0:
             raise ValueError(f"lr={cfg.lr}: bad")
 
-    assert call(f"forget.py -m {TINY} lr=-1,1,-2", job) == (2, "forget.py: lr=-1: bad\nforget.py: lr=-2: bad\n")
+    code, err = call(f"forget.py -m {TINY} lr=-1,1,-2", job)
+    lines = ["lr=-1: bad", "lr=-2: bad", "job 0 failed: lr=-1: bad", "job 2 failed: lr=-2: bad"]
+    assert (code, err.splitlines()[:-1]) == (2, [f"forget.py: {line}" for line in lines])
+    assert err.splitlines()[-1].startswith("forget.py: 1 of 3 jobs are done; the summary is icml/sweeps/forget_")
     assert seen == [-1, 1, -2]
 
 

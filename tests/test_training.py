@@ -75,3 +75,16 @@ def test_tensorboard_gets_what_the_log_has(young: Path, tmp_path: Path) -> None:
         found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
         assert found == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing beside the run's folder
+
+
+def test_keep_last_keeps_the_newest(young: Path, tmp_path: Path) -> None:
+    """Its end is that of a run that keeps all, and started again it lacks nothing."""
+    base = f"python {ROOT}/basher1.py ga --model=tiny --setting=forget05 model_path={young} num_epochs=4 save_steps=1"
+    run_in(tmp_path, f"{base} save_dir=all")
+    run_in(tmp_path, f"{base} save_dir=two keep_last=2")
+    there = sorted(folder.name for folder in (tmp_path / "two").glob("checkpoint-*"))
+    assert there == ["checkpoint-4", "checkpoint-5"]
+    ends = [(tmp_path / name / "checkpoint-5/model.safetensors").read_bytes() for name in ("all", "two")]
+    assert ends[0] == ends[1]
+    again = run_in(tmp_path, f"{base} save_dir=two keep_last=2")
+    assert "is done already: 5 steps\n" in again.stderr

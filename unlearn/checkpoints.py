@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, logging
 
-from unlearn.files import written_whole
+from unlearn.files import remove_whole, written_whole
 
 
 def lacks_tokenizer(path: str) -> bool:
@@ -116,10 +116,15 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
 
 
-def save_checkpoint(run: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, model: PreTrainedModel, step: int) -> None:
-    """The run's `checkpoint-<step>`, whole or absent."""
+def save_checkpoint(
+    run: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, keep_last: int | None, model: PreTrainedModel, step: int
+) -> None:
+    """The run's `checkpoint-<step>`, whole or absent; of those before it the newest stay, `keep_last` with it (None: all)."""
     with written_whole(run / f"checkpoint-{step}") as folder:
         save_model(model, tokenizer, folder, dtype)
+    there = [int(number) for folder in run.glob("checkpoint-*") if (number := folder.name[11:]).isdecimal()]
+    for old in sorted(there)[:-keep_last] if keep_last else []:
+        remove_whole(run / f"checkpoint-{old}")
 
 
 def save_into(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
