@@ -41,7 +41,7 @@ def find_run(run: list[str], overrides: list[str]) -> Path:
 def folder_of(overrides: list[str]) -> Path:
     cfg = utils.compose_config("forget", [settings.quote(word) for word in overrides])
     family = settings.prepare(cfg, "forget")
-    cfg.lr = family.unlearn_lr if cfg.lr is None else cfg.lr
+    cfg.lr = utils.learning_rate(cfg, family.unlearn_lr)
     return forget.folder_of(cfg)
 
 

@@ -9,7 +9,6 @@ layers. Every key stands in config/forget_ge.yaml and config/common.yaml. `bashe
 
 from __future__ import annotations
 
-import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import settings
 import utils
-from forget import build_loss, original_of
+from forget import build_loss, original_of, reference_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +52,9 @@ def inherit(cfg: DictConfig, run: Path | None) -> None:
                     cfg[key] = saved[key]
             elif cfg[key] is None:
                 cfg[key] = saved.get(key, default[key])
+        for key, value in cfg.LoRA.items():
+            if value is None:
+                cfg.LoRA[key] = saved.get("LoRA", default.LoRA)[key]
         if "method" not in cfg and not saved:
             raise ValueError(f"method is missing; there are {', '.join(settings.methods())}")
         if "method" not in cfg:
@@ -210,6 +212,7 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
     import torch
 
     import dataloader
+    from unlearn.adapters import LoRA, add_lora
     from unlearn.checkpoints import load_model, load_tokenizer, pad_id
     from unlearn.forcing import Pass, token_nlls
     from unlearn.meter import RISKS, Meter, Target, Wanted
@@ -222,6 +225,8 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
     kind = torch.float64 if cfg.dtype == "float64" else getattr(torch, cfg.weights)
     model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16, kind)
     tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
+    if cfg.LoRA.r:
+        add_lora(model, LoRA(**cfg.LoRA), cfg.seed, cfg.model_path)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
     risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
     objectives = [cfg, *parse_sweep(cfg).values()]
@@ -232,7 +237,7 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
         how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, bf16, cfg.batch_size)
         nlls = token_nlls(how, rows["forget"], what="reference")
         rows["forget"] = [row | {"ref_nll": nll} for row, nll in zip(rows["forget"], nlls, strict=True)]
-    reference = copy.deepcopy(model) if any(one.retain.reference for one in objectives) else None
+    reference = reference_of(model) if any(one.retain.reference for one in objectives) else None
     beside = tokenize(dataloader.beside_rows(training.retain, cfg.geffect.retain_rows, len(data.forget), cfg.seed))
     targets = [
         Target(build_loss(one, model, reference), rows[one.method.answers], beside if one.retain.term else ())

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def prepare(cfg: DictConfig) -> utils.Family:
     """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
     family = settings.prepare(cfg, "finetune")
-    cfg.lr = family.finetune_lr if cfg.lr is None else cfg.lr
+    cfg.lr = utils.learning_rate(cfg, family.finetune_lr)
     cfg.num_epochs = family.finetune_epochs if cfg.num_epochs is None else cfg.num_epochs
     settings.check_finetune_data(cfg)
     settings.check_logger(cfg.logger)
@@ -54,7 +54,8 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
         return utils.say(f"{folder} is fine-tuned already")
 
     import dataloader
-    from unlearn.checkpoints import load_model, load_tokenizer, new_model, pad_id, save_into
+    from unlearn.adapters import LoRA, add_lora
+    from unlearn.checkpoints import base_on_disk, load_model, load_tokenizer, new_model, pad_id, save_adapter, save_into
     from unlearn.loss import Loss
     from unlearn.objectives import mean_nll
     from unlearn.training import train
@@ -70,12 +71,17 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
         flash = family.flash_attention2 and utils.use_bfloat16(cfg.dtype, family)
         model = load_model(family.hf_key, utils.device(), flash)
 
+    if cfg.LoRA.r:
+        add_lora(model, LoRA(**cfg.LoRA), cfg.seed, base_on_disk(family.hf_key, folder, model, tokenizer))
     settings.check_disk(cfg, {folder}, model.num_parameters())  # `prepare` can't tell for a hub's model, or a new one
     tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length)
     batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), pad_id(tokenizer))
 
     def publish(model: PreTrainedModel, step: int) -> None:
         if step == steps:
+            if cfg.LoRA.r:
+                save_adapter(folder, tokenizer, cfg.save_dtype, model)
+                model = load_model(str(folder / "adapter"), model.device)
             save_into(folder, model, tokenizer, cfg.save_dtype)
 
     train(model, Loss(mean_nll), batches, utils.training_settings(cfg, family, steps, per_epoch), folder, publish)

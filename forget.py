@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def prepare(cfg: DictConfig) -> utils.Family:
     """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
     family = settings.prepare(cfg, "forget")
-    cfg.lr = family.unlearn_lr if cfg.lr is None else cfg.lr
+    cfg.lr = utils.learning_rate(cfg, family.unlearn_lr)
     rows = settings.check_forget_data(cfg)
     settings.check_logger(cfg.logger)
     settings.check_optimizer(cfg.optim)
@@ -44,7 +44,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
     cfg.save_dir = str(folder_of(cfg))
     settings.check_folder(Path(cfg.save_dir))
     utils.check_run(Path(cfg.save_dir), cfg)
-    if rows is not None and Path(cfg.model_path).is_dir():
+    if rows is not None and Path(cfg.model_path).is_dir() and not cfg.LoRA.r:
         steps, _ = utils.count_steps(cfg, rows)
         settings.check_disk(cfg, checkpoints(cfg, steps), count_parameters(Path(cfg.model_path)))
     return family
@@ -87,19 +87,24 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
         utils.close_run(folder)
         return utils.say(f"{folder} is done already: {steps} steps" + not_there(cfg, steps))
 
-    from unlearn.checkpoints import load_model, load_tokenizer, pad_id, save_checkpoint
+    from unlearn.adapters import LoRA, add_lora
+    from unlearn.checkpoints import base_on_disk, load_model, load_tokenizer, pad_id, save_checkpoint
     from unlearn.figures import draw
     from unlearn.forcing import Pass, token_mean, token_nlls
     from unlearn.geffect import GEffectCallback
     from unlearn.meter import Meter, Target, Wanted
     from unlearn.results import ScoreCallback
+    from unlearn.risks import trainable
     from unlearn.score_figures import draw_scores
     from unlearn.training import train
 
     bf16 = utils.use_bfloat16(cfg.dtype, family)
     model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16)
-    settings.check_disk(cfg, checkpoints(cfg, steps), model.num_parameters())  # `prepare` can't tell for a hub's model
     tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
+    if cfg.LoRA.r:
+        add_lora(model, LoRA(**cfg.LoRA), cfg.seed, base_on_disk(cfg.model_path, folder, model, tokenizer))
+    trained = sum(parameter.numel() for parameter in trainable(model).values())
+    settings.check_disk(cfg, checkpoints(cfg, steps), trained)  # `prepare` can't tell for a hub's model, or for adapters
     pad = pad_id(tokenizer)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
     measured = {"forget": tokenize(data.forget), "retain": tokenize(data.held_out)}
@@ -117,7 +122,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     began = time.time()
     publish = partial(save_checkpoint, folder, tokenizer, cfg.save_dtype, cfg.keep_last)
     training = utils.training_settings(cfg, family, steps, per_epoch)
-    loss = build_loss(cfg, model, copy.deepcopy(model) if cfg.retain.reference else None)
+    loss = build_loss(cfg, model, reference_of(model) if cfg.retain.reference else None)
     if loss.noise is not None and utils.is_main_process():
         save_noise(folder, loss.noise)
     callbacks: list[TrainerCallback] = []
@@ -158,6 +163,13 @@ def not_there(cfg: DictConfig, steps: int) -> str:
     return f"; not there, or not whole: checkpoint-{', '.join(map(str, missing))}" if missing else ""
 
 
+def reference_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is before unlearning, for later: a frozen copy, or itself where it has adapters to switch off."""
+    from unlearn.adapters import has_adapters
+
+    return model if has_adapters(model) else copy.deepcopy(model).requires_grad_(False).eval()
+
+
 def build_loss(cfg: DictConfig, model: PreTrainedModel, reference: PreTrainedModel | None) -> Loss:
     """The loss that the method's and the retain term's YAML describe.
 
@@ -178,7 +190,7 @@ def build_loss(cfg: DictConfig, model: PreTrainedModel, reference: PreTrainedMod
         weight=cfg.retain.weight,
         layer=layer,
         noise=noise,
-        reference=reference.requires_grad_(False).eval() if cfg.retain.reference and reference is not None else None,
+        reference=reference if cfg.retain.reference else None,
     )
 
 

@@ -25,6 +25,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from unlearn.files import base_of
 from unlearn.signals import Stopped, stop_at_once
 from utils import (
     CONFIG,
@@ -336,6 +337,9 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "save_dtype": _one_of("float32", "bfloat16"),
     "optim": _one_of(*OPTIMIZERS),
     "keep_last": _number(1, whole=True),
+    "LoRA.r": _number(0, whole=True),
+    "LoRA.alpha": _number(1, whole=True),
+    "LoRA.dropout": (lambda x: _number(0)[0](x) and x < 1, "a number of at least 0 and below 1"),
     "logger": _one_of("tensorboard", "wandb", "trackio"),
     "geffect.instances": BOOL,
     "geffect.norms": BOOL,
@@ -545,7 +549,9 @@ def check_architecture(key: str, path: str, family: Family) -> None:
 
 
 def _model_config(path: str) -> dict[str, Any] | None:
-    """A model's config.json, in a folder or in the hub's cache; None where it is in neither."""
+    """A model's (an adapter's model's) config.json, in a folder or in the hub's cache; None where it is in neither."""
+    if (base := base_of(path)) is not None:
+        return _model_config(base)
     file = Path(path, "config.json")
     if not Path(path).is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -564,12 +570,11 @@ def _model_config(path: str) -> dict[str, Any] | None:
 
 def check_layer(model_path: str, layer: int) -> None:
     """Raises ValueError where the model is not that deep."""
-    file = Path(model_path, "config.json")
-    if not file.exists():
+    config = _model_config(model_path)
+    if config is None:
         from huggingface_hub import hf_hub_download
 
-        file = Path(hf_hub_download(model_path, "config.json", etag_timeout=2))
-    config = json.loads(file.read_text())
+        config = json.loads(Path(hf_hub_download(model_path, "config.json", etag_timeout=2)).read_text())
     depth = next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config), None)
     if depth is not None and layer > depth:
         raise ValueError(f"method.layer={layer}: {model_path} has 0 (its embeddings) to {depth} (after its final norm)")

@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from unlearn.files import count_parameters, fingerprint, locked, remove_whole, write_whole
+from unlearn.files import base_of, count_parameters, fingerprint, locked, remove_whole, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -168,9 +168,16 @@ def _as_bool(name: str, key: str, value: Any) -> bool:
 # ---- run folders ----
 
 
+def learning_rate(cfg: DictConfig, of_family: float) -> float:
+    """`lr`, else the family's; ten times that for adapters, as in TOFU's code."""
+    if cfg.lr is not None:
+        return float(cfg.lr)
+    return float(f"{of_family * 10:g}") if cfg.LoRA.r else of_family
+
+
 def finetuned_folder(family: Family, cfg: DictConfig) -> Path:
     """Where finetune.py, by its configuration, puts a model of the family by itself."""
-    lr = family.finetune_lr if cfg.lr is None else cfg.lr
+    lr = learning_rate(cfg, family.finetune_lr)
     epochs = family.finetune_epochs if cfg.num_epochs is None else cfg.num_epochs
     name = f"ft_epoch{epochs:g}_lr{float(lr)}_{family.name}_{split_name(cfg)}_wd{float(cfg.weight_decay)}"
     return Path(cfg.output_dir, name + override_suffix(cfg, "finetune"))
@@ -285,9 +292,14 @@ def is_checkpoint(folder: str | Path) -> bool:
 
 def why_no_checkpoint(folder: Path) -> str | None:
     """What a folder lacks that `from_pretrained` needs, None where it lacks nothing."""
-    if not (folder / "config.json").exists() or not any(folder.glob("*.safetensors")):
+    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        return "a folder without a checkpoint"
+    if not any(folder.glob("*.safetensors")):
         return "a folder without a checkpoint"
     try:
+        base = base_of(folder)
+        if base is not None and Path(base).is_absolute() and (why := why_no_checkpoint(Path(base))):
+            return f"an adapter, and its model {base} is not there ({why})"
         count_parameters(folder)
     except ValueError as error:
         return str(error)

@@ -6,8 +6,10 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +56,34 @@ def young(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("young") / "model"
     run_in(ROOT, f"python finetune.py model_family=tiny num_epochs=3 save_dir={folder}")
     return folder
+
+
+def lifted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A cast or softmax that leaves float64 tensors in float64."""
+    import torch
+
+    @wraps(function)
+    def keep(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+            if function.__name__ == "float":
+                return x
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        return function(x, *args, **kwargs)
+
+    return keep
+
+
+@pytest.fixture(scope="module")
+def float64_throughout() -> Iterator[None]:
+    """transformers' norms, softmax and routers drop to float32 inside a float64 model: here they don't, in any model."""
+    import torch
+
+    import utils
+
+    utils.device()
+    with pytest.MonkeyPatch.context() as patch:
+        casts = ((torch.Tensor, "float"), (torch.Tensor, "to"), (torch.nn.functional, "softmax"), (torch, "softmax"))
+        for owner, name in casts:
+            patch.setattr(owner, name, lifted(getattr(owner, name)))
+        yield

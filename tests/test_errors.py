@@ -69,7 +69,7 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} lr", ["lr", "key=value"]),
     (f"{GA} 'lr=['", ["lr=[", "key=value"]),
     (f"{GA} lr=1e-5,2e-5", ["lr=1e-5,2e-5", "--multirun"]),
-    (f"forget.py --config-name=nothing {TINY}", ["nothing", "eval_tofu, finetune, forget"]),
+    (f"forget.py --config-name=nothing {TINY}", ["nothing", "eval_tofu, finetune, finetune_lora, forget"]),
     # values
     (f"{GA} lr=abc", ["lr=abc", "number above 0"]),
     (f"{GA} lr=0", ["lr=0", "number above 0"]),

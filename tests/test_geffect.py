@@ -14,9 +14,9 @@ import copy
 import functools
 import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ from unlearn.risks import add_gradient, set_batches, zeros
 from unlearn.rows import Row, collate
 from unlearn.tables import Tables
 from unlearn.tokens import IGNORE
-from utils import device
+
+pytestmark = pytest.mark.usefixtures("float64_throughout")
 
 PAD, EOS, VOCABULARY, WIDTH = 0, 2, 37, 16
 NOISE = torch.rand(WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -53,31 +54,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": GPT,
     "gemma": GROUPED,
 }
-
-
-def lifted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A cast or softmax that leaves float64 tensors in float64."""
-
-    @wraps(function)
-    def keep(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(x, Tensor) and x.dtype == torch.float64:
-            if function.__name__ == "float":
-                return x
-            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
-            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
-        return function(x, *args, **kwargs)
-
-    return keep
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float64_throughout() -> Iterator[None]:
-    """transformers' norms, softmax and routers drop to float32 inside a float64 model: here they don't, in any model."""
-    device()
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((Tensor, "float"), (Tensor, "to"), (F, "softmax"), (torch, "softmax")):
-            patch.setattr(owner, name, lifted(getattr(owner, name)))
-        yield
 
 
 # ---- models, rows and losses ----

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import (
@@ -21,7 +22,8 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, logging
 
-from unlearn.files import remove_whole, written_whole
+from unlearn.adapters import has_adapters, merged, read_adapter
+from unlearn.files import base_of, remove_whole, written_whole
 
 
 def lacks_tokenizer(path: str) -> bool:
@@ -37,18 +39,22 @@ def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
 def load_model(
     path: str, device: torch.device, flash_attention: bool = False, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The checkpoint as a causal LM, with flash-attn where it is wanted and there (see `attention`)."""
+    """The checkpoint as a causal LM, with flash-attn where it is wanted and there (see `attention`); an adapter's is merged."""
+    if (base := base_of(path)) is not None:
+        return merged(load_model(base, device, flash_attention, dtype), path)
     how = "sdpa" if dtype == torch.float64 else attention(device, flash_attention)  # the plain one's softmax is float32
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=how)
     return model.to(device)  # type: ignore[arg-type]
 
 
 def load_weights(model: PreTrainedModel, path: str) -> None:
-    """Put a checkpoint's weights into the model, in the model's precision.
+    """Put a checkpoint's weights into the model, in the model's precision; into its adapters, where it has some.
 
     Raises:
         ValueError: the checkpoint is of another model.
     """
+    if has_adapters(model):
+        return read_adapter(model, Path(path))
     put_weights(model, read_weights(model, path))
 
 
@@ -106,12 +112,14 @@ def no_bars() -> Iterator[None]:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
-    """What `from_pretrained` loads, weights in `dtype`."""
+    """What `from_pretrained` loads, weights in `dtype`; of a model with adapters, these alone."""
     kind = getattr(torch, dtype)
     weights = {name: weight.to(kind) for name, weight in model.state_dict().items()}
     with no_bars():
         model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+    if has_adapters(model):  # a config.json would make it a whole model
+        return
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
 
@@ -125,6 +133,25 @@ def save_checkpoint(
     there = [int(number) for folder in run.glob("checkpoint-*") if (number := folder.name[11:]).isdecimal()]
     for old in sorted(there)[:-keep_last] if keep_last else []:
         remove_whole(run / f"checkpoint-{old}")
+
+
+def save_adapter(run: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, model: PreTrainedModel) -> None:
+    """The model's adapters alone, whole or absent."""
+    with written_whole(run / "adapter") as folder:
+        save_model(model, tokenizer, folder, dtype)
+
+
+def base_on_disk(path: str, run: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where the model that adapters are added to is loaded from: `path`, or where that is no whole model, `run/base`."""
+    if (Path(path, "config.json").exists() and any(Path(path).glob("*.safetensors"))) or not Path(path).is_dir():
+        return path
+    base = run / "base"
+    state = PartialState()
+    if state.is_main_process and not base.exists():
+        with written_whole(base) as beside:
+            save_model(model, tokenizer, beside, str(model.dtype).removeprefix("torch."))
+    state.wait_for_everyone()
+    return str(base)
 
 
 def save_into(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:

@@ -101,9 +101,22 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(opened)
 
 
+def base_of(folder: str | Path) -> str | None:
+    """The model that an adapter's folder is added to, a folder or a hub name; None where the folder holds no adapter."""
+    file = Path(folder, "adapter_config.json")
+    if not file.exists() or Path(folder, "config.json").exists():  # a whole model may have one embedded
+        return None
+    try:
+        return str(json.loads(file.read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: names no base model ({error!r})") from error
+
+
 def fingerprint(folder: Path) -> str:
     """What tells a checkpoint's weights from others, read in a moment: its files' sizes, and samples of their bytes."""
     digest = hashlib.sha256()
+    if (base := base_of(folder)) is not None:
+        digest.update((fingerprint(Path(base)) if Path(base).is_dir() else base).encode())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())

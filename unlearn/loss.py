@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unlearn.adapters import adapters_off
 from unlearn.objectives import Objective
 from unlearn.tokens import Counts, Tokens, token_outputs
 
@@ -23,7 +24,8 @@ class Loss:
         weight: of the retain term.
         layer: the layer whose output the objective looks at, or None.
         noise: (d,) fixed random vector of the run, given to the objective beside the layer's output.
-        reference: the frozen reference model, held only for a retain term that compares whole distributions.
+        reference: the reference model, held only for a retain term that compares whole distributions: a frozen one, or the
+            trained model itself where it has adapters, which are switched off.
     """
 
     objective: Objective
@@ -62,4 +64,5 @@ class Loss:
             return None
         n = batch["n_forget"]
         rows = {key: batch[key][n:] for key in ("input_ids", "attention_mask", "labels")}
-        return token_outputs(self.reference, rows).logits
+        with adapters_off(self.reference):
+            return token_outputs(self.reference, rows).logits

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from unlearn.adapters import has_adapters, read_adapter
 from unlearn.checkpoints import no_bars
 from unlearn.files import seal, what_is_torn, write_whole
 from unlearn.loss import Loss
@@ -62,7 +63,7 @@ class StepTrainer(Trainer):
         super().__init__(data_collator=lambda items: items[0], compute_loss_func=loss, **kwargs)
         self.loss, self.publish = loss, publish
         self.batches = kwargs["train_dataset"]
-        if loss.reference is not None:
+        if loss.reference is not None and not has_adapters(loss.reference):
             self.accelerator.prepare_model(loss.reference, evaluation_mode=True)  # device and autocast, no DDP
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
@@ -133,6 +134,13 @@ class StepTrainer(Trainer):
             free = shutil.disk_usage(resume.parent).free / 2**30
             why = f"{error}; {free:.2f} GiB are free at {resume.parent}"
             raise OSError(f"step {step} could not be saved, what was saved before it is kept: {why}") from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """An adapter, or all weights."""
+        trained = self.model if model is None else model
+        if isinstance(trained, PreTrainedModel) and has_adapters(trained):
+            return read_adapter(trained, Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Keys that are missing because their weights are tied to others' are no news."""

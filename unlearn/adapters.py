@@ -1,0 +1,101 @@
+"""LoRA (arXiv 2106.09685) by peft: an adapter on every linear layer but the output head, trained in the weights' place.
+
+A model keeps its class and its names: the adapters are injected (`add_adapter`), not wrapped around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of the names in peft's files
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """W + (alpha / r) B A with A (r, in) and B (out, r): A random, B zero at first. `dropout` is of A's input, in training."""
+
+    r: int
+    alpha: int
+    dropout: float
+
+
+def add_lora(model: PreTrainedModel, lora: LoRA, seed: int, base: str) -> None:
+    """Give the model adapters, random from `seed`, and freeze its own weights.
+
+    Args:
+        base: the folder or hub name that the model is loaded from when an adapter is; noted in the adapters' files.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    set_seed(seed)
+    model.requires_grad_(False)
+    model.add_adapter(config)
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@torch.no_grad()
+def read_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Put the adapter's weights of a folder into the model's adapters.
+
+    Raises:
+        ValueError: the folder has none, or one of another shape.
+    """
+    if not (folder / WEIGHTS).exists():
+        raise ValueError(f"{folder}: no adapter, which the model here has")
+    there = {name.removeprefix(PREFIX): value for name, value in load_file(folder / WEIGHTS).items()}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            found = there.get(name.replace(".default.", "."))
+            if found is None or found.shape != parameter.shape:
+                shape = "nothing" if found is None else tuple(found.shape)
+                raise ValueError(f"{folder}: another adapter ({name} is {shape} there, {tuple(parameter.shape)} here)")
+            parameter.copy_(found)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was without its adapters, in eval mode; a model that has none as it is."""
+    if not has_adapters(model):
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    training = {module: module.training for module in model.modules()}
+    grads = {parameter: parameter.requires_grad for parameter in model.parameters()}  # which peft's switch changes
+    model.eval()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, grad in grads.items():
+            parameter.requires_grad_(grad)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def merged(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """The model with the adapter of a folder added to its weights."""
+    from peft import PeftModel
+
+    found: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return found.requires_grad_(True)
