@@ -32,7 +32,10 @@ INHERITED = (
     *("seed", "max_length", "loss_on_answer_tag", "model_path", "gradient_checkpointing"),
 )
 # What may differ when a folder is added to.
-MAY_DIFFER = {"model_path_cur", "step", "tokens", "positions", "sweep", "batch_size", "processes", "gradient_checkpointing"}
+MAY_DIFFER = {
+    *("model_path_cur", "step", "tokens", "positions", "sweep"),
+    *("batch_size", "processes", "parallel", "gradient_checkpointing"),
+}
 
 Sweep = dict[tuple[str, float | None], DictConfig]
 Steps = list[tuple[int, str]]
@@ -120,6 +123,11 @@ def prepare(cfg: DictConfig) -> utils.Family:
         raise ValueError(f"weights={cfg.weights}: dtype=float64 has its weights in float64")
     if cfg.positions and not cfg.instances:
         raise ValueError("positions=true: by position only with instances=true")
+    if cfg.parallel == "fsdp" and (cfg.tokens or cfg.sweep):
+        key = f"tokens={cfg.tokens}" if cfg.tokens else f"sweep={list(cfg.sweep)}"
+        raise ValueError(f"{key}: needs whole weights on every process; parallel=ddp has them, parallel=fsdp has not")
+    if cfg.parallel == "fsdp" and cfg.instances and not cfg.norms:
+        raise ValueError("norms=False: parallel=fsdp forms the gradient anyway; norms=true, or instances=false")
     steps, _ = find_steps(cfg)
     parse_sweep(cfg)
     if cfg.save_dir is None and run is None:
@@ -216,6 +224,7 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
     from unlearn.checkpoints import load_model, load_tokenizer, pad_id
     from unlearn.forcing import Pass, token_nlls
     from unlearn.meter import RISKS, Meter, Target, Wanted
+    from unlearn.sharding import shard
     from unlearn.training import enable_gradient_checkpointing
 
     data, training = dataloader.unlearning_data(cfg), dataloader.unlearning_data(trained_on(cfg))
@@ -223,13 +232,18 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
         raise ValueError(f"retain_holdout={cfg.retain_holdout}: the run held out {len(training.held_out)} rows only")
     bf16 = cfg.dtype not in ("float64", "float32") and utils.use_bfloat16(cfg.dtype, family)
     kind = torch.float64 if cfg.dtype == "float64" else getattr(torch, cfg.weights)
-    model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16, kind)
+    model = load_model(cfg.model_path, utils.model_device(cfg), family.flash_attention2 and bf16, kind)
     tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
     if cfg.LoRA.r:
         add_lora(model, LoRA(**cfg.LoRA), cfg.seed, cfg.model_path)
+    objectives = [cfg, *parse_sweep(cfg).values()]
+    reference = reference_of(model) if any(one.retain.reference for one in objectives) else None
+    if cfg.parallel == "fsdp":
+        shard(model)
+        if reference is not None and reference is not model:
+            shard(reference)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
     risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
-    objectives = [cfg, *parse_sweep(cfg).values()]
     rows = {"forget": risks["unlearn"], "idk": []}
     if any(one.method.answers == "idk" for one in objectives):
         rows["idk"] = tokenize(dataloader.idk_rows(data.forget, cfg.seed))
@@ -237,7 +251,6 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
         how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, bf16, cfg.batch_size)
         nlls = token_nlls(how, rows["forget"], what="reference")
         rows["forget"] = [row | {"ref_nll": nll} for row, nll in zip(rows["forget"], nlls, strict=True)]
-    reference = reference_of(model) if any(one.retain.reference for one in objectives) else None
     beside = tokenize(dataloader.beside_rows(training.retain, cfg.geffect.retain_rows, len(data.forget), cfg.seed))
     targets = [
         Target(build_loss(one, model, reference), rows[one.method.answers], beside if one.retain.term else ())

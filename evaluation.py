@@ -29,7 +29,7 @@ INHERITED = (
     *("retain_holdout", "max_length", "loss_on_answer_tag"),
 )
 # What may differ when an evaluation is started again.
-MAY_DIFFER = {"batch_size", "processes", "model_path", "save_dir"}
+MAY_DIFFER = {"batch_size", "processes", "parallel", "model_path", "save_dir"}
 
 
 @dataclass(frozen=True)
@@ -176,13 +176,16 @@ class Models:
 
         from unlearn.checkpoints import lacks_tokenizer, load_model, load_tokenizer, pad_id
         from unlearn.forcing import Pass
+        from unlearn.sharding import shard
 
         float64 = self.cfg.dtype == "float64"
         bf16 = not float64 and utils.use_bfloat16(self.cfg.dtype, self.family)
         kind = torch.float64 if float64 else torch.float32
         made_here = lacks_tokenizer(path) and self.family.from_scratch  # then it is with the family's fine-tuned model
         self.tokenizer = load_tokenizer(path, utils.original_model(self.family, self.cfg) if made_here else self.family.hf_key)
-        model = load_model(path, utils.device(), self.family.flash_attention2 and bf16, kind)
+        model = load_model(path, utils.model_device(self.cfg), self.family.flash_attention2 and bf16, kind)
+        if self.cfg.parallel == "fsdp":
+            shard(model)
         return Pass(model, pad_id(self.tokenizer), self.tokenizer.eos_token_id, bf16, self.cfg.batch_size)
 
     def tokenize(self, rows: Sequence[Mapping[str, Any]]) -> list[Row]:

@@ -19,6 +19,7 @@ import utils
 from unlearn.files import count_parameters
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -53,11 +54,14 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
         utils.close_run(folder)
         return utils.say(f"{folder} is fine-tuned already")
 
+    import torch
+
     import dataloader
     from unlearn.adapters import LoRA, add_lora
     from unlearn.checkpoints import base_on_disk, load_model, load_tokenizer, new_model, pad_id, save_adapter, save_into
     from unlearn.loss import Loss
     from unlearn.objectives import mean_nll
+    from unlearn.sharding import shard
     from unlearn.training import train
 
     rows = dataloader.finetune_rows(cfg)
@@ -65,24 +69,26 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
     utils.open_run(folder, cfg)
     if family.from_scratch:
         texts = [family.prompt(row["question"]) + row["answer"] for row in dataloader.finetune_rows(cfg, "full")]
-        tokenizer, model = new_model(family.hf_key, texts, cfg.seed, utils.device())
+        tokenizer, model = new_model(family.hf_key, texts, cfg.seed, utils.model_device(cfg))
     else:
         tokenizer = load_tokenizer(family.hf_key, family.hf_key)
         flash = family.flash_attention2 and utils.use_bfloat16(cfg.dtype, family)
-        model = load_model(family.hf_key, utils.device(), flash)
+        model = load_model(family.hf_key, utils.model_device(cfg), flash)
 
     if cfg.LoRA.r:
         add_lora(model, LoRA(**cfg.LoRA), cfg.seed, base_on_disk(family.hf_key, folder, model, tokenizer))
     settings.check_disk(cfg, {folder}, model.num_parameters())  # `prepare` can't tell for a hub's model, or a new one
+    if cfg.parallel == "fsdp":
+        shard(model)
     tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length)
     batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), pad_id(tokenizer))
 
-    def publish(model: PreTrainedModel, step: int) -> None:
-        if step == steps:
-            if cfg.LoRA.r:
-                save_adapter(folder, tokenizer, cfg.save_dtype, model)
-                model = load_model(str(folder / "adapter"), model.device)
-            save_into(folder, model, tokenizer, cfg.save_dtype)
+    def publish(model: PreTrainedModel, weights: dict[str, Tensor], step: int) -> None:
+        if step == steps and cfg.LoRA.r:
+            save_adapter(folder, tokenizer, cfg.save_dtype, model, weights)
+            save_into(folder, load_model(str(folder / "adapter"), torch.device("cpu")), tokenizer, cfg.save_dtype)
+        elif step == steps:
+            save_into(folder, model, tokenizer, cfg.save_dtype, weights)
 
     train(model, Loss(mean_nll), batches, utils.training_settings(cfg, family, steps, per_epoch), folder, publish)
     utils.close_run(folder)

@@ -96,15 +96,21 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     from unlearn.results import ScoreCallback
     from unlearn.risks import trainable
     from unlearn.score_figures import draw_scores
+    from unlearn.sharding import shard
     from unlearn.training import train
 
     bf16 = utils.use_bfloat16(cfg.dtype, family)
-    model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16)
+    model = load_model(cfg.model_path, utils.model_device(cfg), family.flash_attention2 and bf16)
     tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
     if cfg.LoRA.r:
         add_lora(model, LoRA(**cfg.LoRA), cfg.seed, base_on_disk(cfg.model_path, folder, model, tokenizer))
     trained = sum(parameter.numel() for parameter in trainable(model).values())
     settings.check_disk(cfg, checkpoints(cfg, steps), trained)  # `prepare` can't tell for a hub's model, or for adapters
+    reference = reference_of(model) if cfg.retain.reference else None
+    if cfg.parallel == "fsdp":
+        shard(model)
+        if reference is not None and reference is not model:
+            shard(reference)
     pad = pad_id(tokenizer)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
     measured = {"forget": tokenize(data.forget), "retain": tokenize(data.held_out)}
@@ -122,7 +128,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     began = time.time()
     publish = partial(save_checkpoint, folder, tokenizer, cfg.save_dtype, cfg.keep_last)
     training = utils.training_settings(cfg, family, steps, per_epoch)
-    loss = build_loss(cfg, model, reference_of(model) if cfg.retain.reference else None)
+    loss = build_loss(cfg, model, reference)
     if loss.noise is not None and utils.is_main_process():
         save_noise(folder, loss.noise)
     callbacks: list[TrainerCallback] = []

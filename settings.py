@@ -336,6 +336,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weights": _one_of("float32", "bfloat16"),
     "save_dtype": _one_of("float32", "bfloat16"),
     "optim": _one_of(*OPTIMIZERS),
+    "parallel": _one_of("ddp", "fsdp"),
     "keep_last": _number(1, whole=True),
     "LoRA.r": _number(0, whole=True),
     "LoRA.alpha": _number(1, whole=True),

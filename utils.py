@@ -47,6 +47,7 @@ UNNAMED = {
         "save_steps",
         "keep_last",
         "save_dtype",
+        "parallel",
         "logger",
         "debug",
         "method.name",
@@ -411,6 +412,14 @@ def device() -> torch.device:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available()).device
+
+
+def model_device(cfg: DictConfig) -> torch.device:
+    """Where a model is loaded to: this process's device, or the CPU where it is to be split over several."""
+    import torch
+
+    here = device()
+    return torch.device("cpu") if cfg.parallel == "fsdp" and processes() > 1 else here
 
 
 def processes() -> int:

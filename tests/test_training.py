@@ -8,31 +8,43 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_in
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-METHODS = ["ga", "wga", "npo", "rmu_2", "idk", "npo_kl", "npo_gd", "gd"]
+METHODS = ["finetune", "ga", "wga", "npo", "rmu_2", "idk", "npo_kl", "npo_gd", "gd"]
 
 
 @pytest.fixture(scope="module")
 def cuts(young: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of 5 steps of 8 rows: one process, accumulated, and two processes."""
+    """Runs of 5 steps of 8 rows: one process, accumulated, two processes, and two with shards and accumulated."""
     out = tmp_path_factory.mktemp("cuts")
     script = ROOT / "tests" / "unlearn_five_steps.py"
     methods = " ".join(METHODS)
-    run_in(out, f"python {script} {young} {out}/whole 8 1 {methods}")
-    run_in(out, f"python {script} {young} {out}/accumulated 4 2 {methods}")
-    run_in(out, f"torchrun --nproc_per_node=2 --master_port=18771 {script} {young} {out}/processes 4 1 {methods}")
-    return {name: out / name for name in ("whole", "accumulated", "processes")}
+    torchrun = "torchrun --nproc_per_node=2 --master_port=18771"
+    run_in(ROOT, f"python {script} {young} {out}/whole 8 1 ddp {methods}")
+    run_in(ROOT, f"python {script} {young} {out}/accumulated 4 2 ddp {methods}")
+    run_in(ROOT, f"{torchrun} {script} {young} {out}/processes 4 1 ddp {methods}")
+    run_in(ROOT, f"{torchrun} {script} {young} {out}/shards 2 2 fsdp {methods}")
+    return {name: out / name for name in ("whole", "accumulated", "processes", "shards")}
 
 
-@pytest.mark.parametrize("cut", ["accumulated", "processes"])
+@pytest.mark.parametrize("cut", ["accumulated", "processes", "shards"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_is_the_same_however_it_is_cut(cuts: dict[str, Path], method: str, cut: str) -> None:
-    """2 processes x batch 4 = 1 x batch 8 = 1 x batch 4 x accumulation 2, to 1e-5 in float32 after 5 steps."""
+    """2 processes x batch 4 (DDP), 2 x 2 x accumulation 2 (FSDP2) = 1 x batch 8 = 1 x batch 4 x accumulation 2.
+
+    Weights and losses to 1e-5 in float32 after 5 steps.
+    """
     expected = load_file(cuts["whole"] / method / "checkpoint-5" / "model.safetensors")
     found = load_file(cuts[cut] / method / "checkpoint-5" / "model.safetensors")
     assert expected.keys() == found.keys()
     worst = max((expected[name] - found[name]).abs().max().item() for name in expected)
     assert worst < 1e-5
+    folder = "finetune/checkpoint-5" if method == "finetune" else method
+    losses = [
+        [json.loads(line)["loss"] for line in (cuts[name] / folder / "logs/train.jsonl").open()] for name in ("whole", cut)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, abs=1e-5)
+    AutoModelForCausalLM.from_pretrained(cuts[cut] / method / "checkpoint-5")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -52,7 +64,7 @@ def test_the_log_has_the_loss_and_its_parts(cuts: dict[str, Path]) -> None:
         assert line["tokens_per_second"] > 0
         assert 0.1 < line["peak_memory_gib"] < 20
     assert [line["learning_rate"] for line in lines["whole"]] == pytest.approx([0, *(8e-4 / 4 * n for n in range(1, 5))])
-    for name in ("accumulated", "processes"):
+    for name in ("accumulated", "processes", "shards"):
         assert [line["loss"] for line in lines[name]] == pytest.approx([line["loss"] for line in lines["whole"]], rel=1e-4)
 
 

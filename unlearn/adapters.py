@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from unlearn.sharding import like
+
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in peft's files
 
@@ -65,7 +67,7 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> None:
             if found is None or found.shape != parameter.shape:
                 shape = "nothing" if found is None else tuple(found.shape)
                 raise ValueError(f"{folder}: another adapter ({name} is {shape} there, {tuple(parameter.shape)} here)")
-            parameter.copy_(found)
+            parameter.copy_(like(parameter, found))
 
 
 @contextmanager

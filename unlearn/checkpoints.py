@@ -24,6 +24,9 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from unlearn.adapters import has_adapters, merged, read_adapter
 from unlearn.files import base_of, remove_whole, written_whole
+from unlearn.sharding import like
+
+Weights = Mapping[str, Tensor]
 
 
 def lacks_tokenizer(path: str) -> bool:
@@ -66,7 +69,7 @@ def read_weights(model: PreTrainedModel, path: str) -> dict[str, Tensor]:
         shape = tuple(there[name].shape) if name in there else "nothing"
         if shape != tuple(parameter.shape):
             raise ValueError(f"{path}: another model ({name} is {shape} there, {tuple(parameter.shape)} in the original)")
-    return {name: there[name].detach().to(parameter) for name, parameter in model.named_parameters()}
+    return {name: like(parameter, there[name]) for name, parameter in model.named_parameters()}
 
 
 @torch.no_grad()
@@ -111,10 +114,16 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
-    """What `from_pretrained` loads, weights in `dtype`; of a model with adapters, these alone."""
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str, weights: Weights | None = None
+) -> None:
+    """What `from_pretrained` loads, weights in `dtype`; of a model with adapters, these alone.
+
+    Args:
+        weights: the model's state dict, where it is in shards.
+    """
     kind = getattr(torch, dtype)
-    weights = {name: weight.to(kind) for name, weight in model.state_dict().items()}
+    weights = {name: weight.to(kind) for name, weight in (weights or model.state_dict()).items()}
     with no_bars():
         model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
@@ -125,20 +134,26 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def save_checkpoint(
-    run: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, keep_last: int | None, model: PreTrainedModel, step: int
+    run: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    keep_last: int | None,
+    model: PreTrainedModel,
+    weights: Weights,
+    step: int,
 ) -> None:
     """The run's `checkpoint-<step>`, whole or absent; of those before it the newest stay, `keep_last` with it (None: all)."""
     with written_whole(run / f"checkpoint-{step}") as folder:
-        save_model(model, tokenizer, folder, dtype)
+        save_model(model, tokenizer, folder, dtype, weights)
     there = [int(number) for folder in run.glob("checkpoint-*") if (number := folder.name[11:]).isdecimal()]
     for old in sorted(there)[:-keep_last] if keep_last else []:
         remove_whole(run / f"checkpoint-{old}")
 
 
-def save_adapter(run: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, model: PreTrainedModel) -> None:
+def save_adapter(run: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, model: PreTrainedModel, weights: Weights) -> None:
     """The model's adapters alone, whole or absent."""
     with written_whole(run / "adapter") as folder:
-        save_model(model, tokenizer, folder, dtype)
+        save_model(model, tokenizer, folder, dtype, weights)
 
 
 def base_on_disk(path: str, run: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -154,10 +169,16 @@ def base_on_disk(path: str, run: Path, model: PreTrainedModel, tokenizer: PreTra
     return str(base)
 
 
-def save_into(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
+def save_into(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    weights: Weights | None = None,
+) -> None:
     """The model in the run's folder itself, its config.json last: without it there is no checkpoint."""
     with written_whole(folder / "model") as beside:
-        save_model(model, tokenizer, beside, dtype)
+        save_model(model, tokenizer, beside, dtype, weights)
     for file in sorted((folder / "model").iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(folder / file.name)
     (folder / "model").rmdir()

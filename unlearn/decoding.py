@@ -66,7 +66,7 @@ def decode(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], what: s
     with how.evaluating():
         one = _decode_batch if shares_prompts(how.model) else _generate_batch
         found = over_batches(
-            batches, lambda batch: one(how, [prefixes[i] for i in batch], [limits[i] for i in batch], stops), what
+            how, batches, lambda batch: one(how, [prefixes[i] for i in batch], [limits[i] for i in batch], stops), what
         )
     return [found[i] for i in range(len(prefixes))]
 

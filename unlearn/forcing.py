@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from unlearn.risks import evaluating
 from unlearn.rows import Row, collate
+from unlearn.sharding import is_sharded
 from unlearn.tokens import IGNORE, head_at, token_outputs, unwrap, widen
 
 Prompt = tuple[int, ...]
@@ -100,7 +101,7 @@ def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: s
     with how.evaluating():
         share = shares_prompts(how.model)
         prompts = [_prompt(row) if share else None for row in once]
-        found = over_batches(_plan(once, prompts, how.batch_size), _Measure(how, once, prompts, moments), what)
+        found = over_batches(how, _plan(once, prompts, how.batch_size), _Measure(how, once, prompts, moments), what)
     place = {key: i for i, key in enumerate(distinct)}
     return [found[place[key]] for key in keys]
 
@@ -115,14 +116,20 @@ def token_mean(nlls: Sequence[Tensor]) -> float:
     return torch.cat(list(nlls)).double().mean().item()
 
 
-def over_batches(batches: Sequence[list[int]], measure: Callable[[list[int]], Sequence[Any]], what: str) -> dict[int, Any]:
-    """`measure` on this process's share of the batches of row numbers; the results of all by row number."""
+def over_batches(
+    how: Pass, batches: Sequence[list[int]], measure: Callable[[list[int]], Sequence[Any]], what: str
+) -> dict[int, Any]:
+    """`measure` on this process's share of the batches of row numbers; the results of all by row number.
+
+    A model in shards is run by all processes together: then each batch is every process's.
+    """
     state = PartialState()
-    mine = batches[state.process_index :: state.num_processes]
+    together = is_sharded(how.model)
+    mine = batches if together else batches[state.process_index :: state.num_processes]
     found: list[tuple[int, Any]] = []
     for batch in tqdm(mine, desc=what, disable=not state.is_main_process, leave=False):
         found += zip(batch, measure(batch), strict=True)
-    return dict(gather_object(found))
+    return dict(found if together else gather_object(found))
 
 
 def shares_prompts(model: PreTrainedModel) -> bool:

@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unlearn import sharding
 from unlearn.loss import Loss
 from unlearn.objectives import mean_nll
 from unlearn.risks import (
@@ -42,6 +43,7 @@ from unlearn.risks import (
     zeros,
 )
 from unlearn.rows import Row, collate
+from unlearn.sharding import is_sharded
 from unlearn.tables import Tables
 from unlearn.tangents import contract, token_tangents
 from unlearn.tap import Site, Tap, find_sites
@@ -103,11 +105,20 @@ class Meter:
     def __post_init__(self) -> None:
         if self.wanted.positions and not self.wanted.instances:
             raise ValueError("positions: only with instances")
+        if is_sharded(self.model) and self.wanted.instances and not self.wanted.norms:
+            raise ValueError(
+                "norms=false: with a model in shards the gradient is formed anyway; norms=true, or instances=false"
+            )
         if any((t.loss.retain is not None) != bool(t.retain) for t in (self.target, *self.sweep.values())):
             raise ValueError("a retain term needs rows beside those to forget, and rows beside them a retain term")
         self.parameters = trainable(self.model)
         if not self.parameters:
             raise ValueError(f"{type(self.model).__name__}: no parameter of it requires a gradient")
+        self.sharded = is_sharded(self.model)
+        if self.sharded and (self.wanted.tokens or self.sweep):
+            raise ValueError(
+                "tokens and sweeps are one forward-mode pass, which a model in shards can't make (parallel=ddp can)"
+            )
         self.sites: list[Site] = []
         self.directions: Directions = {}
 
@@ -162,7 +173,8 @@ class Meter:
     # ---- the passes ----
 
     def _batches(self, forget: Sequence[Row], retain: Sequence[Row] = (), what: str = "") -> Iterator[Batch]:
-        return progress(set_batches(forget, retain, self.batch_size, self.pad), what, self.model.device)
+        batches = set_batches(forget, retain, self.batch_size, self.pad, equally_many=self.sharded)
+        return progress(batches, what, self.model.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
@@ -182,7 +194,7 @@ class Meter:
     def risk_gradients(self) -> dict[str, float]:
         """Fill `directions` with the gradients V of the risks, in the weights' precision; returns the risks' values."""
         if not self.directions:
-            self.directions = {name: p.new_zeros((len(RISKS), *p.shape)) for name, p in self.parameters.items()}
+            self.directions = {name: sharding.zeros(p, (len(RISKS),), p.dtype) for name, p in self.parameters.items()}
         values = {}
         for d, risk in enumerate(RISKS):
             stacked = {name: v[d] for name, v in self.directions.items()}
@@ -212,7 +224,7 @@ class Meter:
                 norms[0][d] += dot(gradient, gradient)
                 norms[1][d] += dot(v, v)
 
-        for batch in set_batches(self.target.forget[:1], [], 1, self.pad):
+        for batch in set_batches(self.target.forget[:1], [], 1, self.pad, equally_many=self.sharded):
             tap = Tap(sites, self.directions, 1)
             with evaluating(self.model), each_gradient(self.parameters, take):
                 self._backward(tap, on(batch, self.model.device))
@@ -310,12 +322,23 @@ class Meter:
 
     def _dots(self, vectors: Mapping[str, Tensor]) -> dict[str, list[float]]:
         """For each parameter its inner product with each V."""
-        return {name: [dot(x, v) for v in self.directions[name]] for name, x in vectors.items()}
+        numbers = [dot(x, self.directions[name][d]) for name, x in vectors.items() for d in range(len(RISKS))]
+        found = iter(self._over_shards(numbers))
+        return {name: [next(found) for _ in RISKS] for name in vectors}
+
+    def _over_shards(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over shards to sums over all: the same numbers where the model is not in shards."""
+        if not self.sharded:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.model.device)
+        over_processes([sums])
+        return sums.tolist()
 
     def _steps(self, totals: list[float], gradient: Vectors) -> pd.DataFrame:
         _check_finite(totals)
-        risk_norms = [math.sqrt(math.fsum(dot(v[d], v[d]) for v in self.directions.values())) for d in range(len(RISKS))]
-        norm = math.sqrt(math.fsum(dot(g, g) for g in gradient.values())) if gradient else math.nan
+        squares = [math.fsum(dot(v[d], v[d]) for v in self.directions.values()) for d in range(len(RISKS))]
+        squares.append(math.fsum(dot(g, g) for g in gradient.values()) if gradient else math.nan)
+        *risk_norms, norm = map(math.sqrt, self._over_shards(squares))
         cosines = [e / (norm * r) if norm * r else math.nan for e, r in zip(totals, risk_norms, strict=True)]
         columns = {"risk": RISKS, "geffect": totals, "cosine": cosines, "objective_norm": norm, "risk_norm": risk_norms}
         return pd.DataFrame(columns)

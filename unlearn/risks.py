@@ -5,6 +5,7 @@ Letters: P parameters by name, D directions (the risks).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,37 +14,47 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from unlearn import sharding
 from unlearn.loss import Loss
 from unlearn.rows import Row, collate, counts
+from unlearn.sharding import local
 
 Batch = dict[str, Any]
 Vectors = dict[str, Tensor]  # one tensor for each parameter, like it
 Directions = dict[str, Tensor]  # (D, *shape) for each parameter
 
+NO_WEIGHT = dict.fromkeys(("forget_counts", "retain_counts"), (math.inf, math.inf))  # a share of endless rows is 0
 CHUNK = 1 << 18  # numbers that are widened to float64 at once: few enough to stay in a cache
 
 
-def set_batches(forget: Sequence[Row], retain: Sequence[Row], batch_size: int, pad: int) -> list[Batch]:
+def set_batches(
+    forget: Sequence[Row], retain: Sequence[Row], batch_size: int, pad: int, equally_many: bool = False
+) -> list[Batch]:
     """This process's batches of a whole set, each of forget or of retain rows, of like length.
 
     A batch is what `Loss` takes, with the counts of the whole set, and `index` (B,), which rows it holds; the retain rows'
-    numbers go on from the forget rows'.
+    numbers go on from the forget rows'. `equally_many`: each process has as many as any other, of both kinds, some perhaps
+    without weight: those of a sharded model run together.
     """
     state = PartialState()
-    whole = {"forget_counts": counts(forget), "retain_counts": counts(retain)}
+    whole: dict[str, Any] = {"forget_counts": counts(forget), "retain_counts": counts(retain)}
     batches = []
     for rows, first, to_forget in ((forget, 0, True), (retain, len(forget), False)):
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
         chunks = [order[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        for chunk in chunks[state.process_index :: state.num_processes]:
+        mine = [(chunk, whole) for chunk in chunks[state.process_index :: state.num_processes]]
+        if equally_many and len(mine) * state.num_processes < len(chunks):
+            mine.append((chunks[0], NO_WEIGHT))
+        for chunk, numbers in mine:
             batch: Batch = collate([rows[i] for i in chunk], pad)
             if "ref_nll" in rows[chunk[0]]:
                 batch["ref_nll"] = torch.cat([rows[i]["ref_nll"] for i in chunk])
             batch["index"] = torch.tensor([first + i for i in chunk])
-            batches.append(batch | whole | {"n_forget": len(chunk) if to_forget else 0})
+            batches.append(batch | numbers | {"n_forget": len(chunk) if to_forget else 0})
     return batches
 
 
@@ -70,7 +81,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def zeros(parameters: Mapping[str, Tensor], n: int | None = None) -> Vectors:
     """A zero vector, or `n` of them stacked, wide enough to accumulate in."""
     stack = () if n is None else (n,)
-    return {name: p.new_zeros((*stack, *p.shape), dtype=wide(p.dtype)) for name, p in parameters.items()}
+    return {name: sharding.zeros(p, stack, wide(p.dtype)) for name, p in parameters.items()}
 
 
 @contextmanager
@@ -159,13 +170,17 @@ class Parts:
 
 
 def over_processes(tensors: Iterable[Tensor]) -> None:
-    """Sum each tensor over the processes, in place."""
-    if PartialState().num_processes > 1:
-        for tensor in tensors:
+    """Sum each tensor over the processes, in place; gradients in shards are their mean already."""
+    n = PartialState().num_processes
+    for tensor in tensors if n > 1 else ():
+        if isinstance(tensor, DTensor):
+            tensor.mul_(n)
+        else:
             tensor.copy_(reduce(tensor, "sum"))
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """The inner product of two tensors of one shape, the products formed and summed in float64."""
-    pieces = zip(a.detach().flatten().split(CHUNK), b.detach().flatten().split(CHUNK), strict=True)
+    """The inner product of two tensors of one shape (of their shards here), the products formed and summed in float64."""
+    a, b = (local(x.detach()).flatten().split(CHUNK) for x in (a, b))
+    pieces = zip(a, b, strict=True)
     return float(sum(x.double() @ y.double() for x, y in pieces))

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unlearn.risks import Batch, Directions, wide
+from unlearn.sharding import local, whole
 from unlearn.tangents import along_each, padding
 from unlearn.tokens import label_positions, token_outputs
 
@@ -77,7 +78,8 @@ class Site:
         return floats(functional_call(_Bare(self.module), named, args, kwargs))
 
     def along(self, directions: Directions, d: int) -> dict[str, Tensor]:
-        return {name: directions[full][d] for name, full in self.names.items()}
+        """Its V, all parts of it: in shards, it is gathered here and no longer than it is used."""
+        return {name: whole(directions[full][d]) for name, full in self.names.items()}
 
     def changes(self, directions: Directions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[Tensor]]:
         """For each direction the change of its outputs along it."""
@@ -88,7 +90,7 @@ class Site:
                 yield outputs if where is None else [x.masked_fill(where, 0) for x in outputs]
             return
         own = {name: self.module.get_parameter(name).detach() for name in self.names}
-        v = {name: directions[full].to(own[name].dtype) for name, full in self.names.items()}
+        v = {name: whole(directions[full]).to(own[name].dtype) for name, full in self.names.items()}
         _, changes = along_each(lambda w: self.call(w, args, kwargs), own, v)
         yield from (list(change) for change in zip(*changes, strict=True))
 
@@ -133,7 +135,7 @@ def find_sites(model: nn.Module, parameters: Mapping[str, nn.Parameter], directi
 
     def test(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         if module in sites:
-            sites[module].linear = is_linear(sites[module], directions, args, kwargs)
+            sites[module].linear = is_linear(sites[module], args, kwargs)
 
     _watch(model, row, test)
     _find_axes(model, sites, row)
@@ -235,9 +237,9 @@ def _differs(a: torch.Size, b: torch.Size) -> int | None:
     return next((i for i, (m, n) in enumerate(zip(a, b, strict=True)) if m != n), None) if len(a) == len(b) else None
 
 
-def is_linear(site: Site, directions: Directions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_linear(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the site's output is linear in its parameters: doubles with them, exactly, and adds up as they do."""
-    like = site.along(directions, 0)
+    like = {name: site.module.get_parameter(name).detach() for name in site.names}
     generator = torch.Generator(next(iter(like.values())).device).manual_seed(0)  # V itself may be 0, now
     v, w = ({name: torch.empty_like(x).normal_(generator=generator) for name, x in like.items()} for _ in range(2))
     of_v, of_w = site.call(v, args, kwargs), site.call(w, args, kwargs)
@@ -274,7 +276,7 @@ class Tap:
     def __init__(self, sites: list[Site], directions: Directions, instances: int) -> None:
         self.sites, self.directions, self.busy = sites, directions, False
         like = next(iter(directions.values()))
-        self.effects = torch.zeros((instances, len(sites), len(like)), dtype=torch.float64, device=like.device)
+        self.effects = torch.zeros((instances, len(sites), len(like)), dtype=torch.float64, device=local(like).device)
         self.layers = list(dict.fromkeys(site.layer for site in sites))
         self.positions: Tensor | None = None  # (instances, T, layers, D)
 

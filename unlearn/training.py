@@ -20,17 +20,21 @@ from accelerate import PartialState
 from accelerate.utils import gather, gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from unlearn.adapters import has_adapters, read_adapter
-from unlearn.checkpoints import no_bars
+from unlearn.adapters import has_adapters
+from unlearn.checkpoints import load_weights, no_bars
 from unlearn.files import seal, what_is_torn, write_whole
 from unlearn.loss import Loss
+from unlearn.sharding import all_finite, is_sharded, whole, whole_state
 from unlearn.signals import SoftStop, Stopped
 
-Publish = Callable[[PreTrainedModel, int], None]
+Publish = Callable[[PreTrainedModel, dict[str, Tensor], int], None]
+
+SHARDED_STATE = "optimizer_and_scheduler.pt"
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ class StepTrainer(Trainer):
         super().__init__(data_collator=lambda items: items[0], compute_loss_func=loss, **kwargs)
         self.loss, self.publish = loss, publish
         self.batches = kwargs["train_dataset"]
+        self.sharded = isinstance(self.model, nn.Module) and is_sharded(self.model)
+        if self.sharded:
+            self._run_in_shards()
         if loss.reference is not None and not has_adapters(loss.reference):
             self.accelerator.prepare_model(loss.reference, evaluation_mode=True)  # device and autocast, no DDP
 
@@ -117,7 +124,7 @@ class StepTrainer(Trainer):
         The newest two are kept: should the machine fail before the newest is on its disk, there is the one before.
         """
         step, resume = self.state.global_step, Path(self._get_output_dir(trial))
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        if not all_finite(model.parameters()):
             raise self._not_finite("its update has left weights that are not finite")
         try:
             if self.is_world_process_zero():
@@ -126,20 +133,60 @@ class StepTrainer(Trainer):
             with no_bars():
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process writes its own random state
+            if self.publish is not None and (step % self.args.save_steps == 0 or step == self.args.max_steps):
+                trained = self.accelerator.unwrap_model(model)
+                weights = whole_state(trained)
+                if self.is_world_process_zero():
+                    self.publish(trained, weights, step)
             if self.is_world_process_zero():
-                if self.publish is not None and (step % self.args.save_steps == 0 or step == self.args.max_steps):
-                    self.publish(self.accelerator.unwrap_model(model), step)
                 seal(resume / f"checkpoint-{step}")
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(resume.parent).free / 2**30
             why = f"{error}; {free:.2f} GiB are free at {resume.parent}"
             raise OSError(f"step {step} could not be saved, what was saved before it is kept: {why}") from error
 
+    # ---- a model in shards: accelerate's own FSDP is for GPUs only ----
+
+    def _run_in_shards(self) -> None:
+        """Have accelerate leave the model as it is, but for autocast, and tell the gradient's norm over all shards."""
+        prepare, clip = self.accelerator.prepare_model, self.accelerator.clip_grad_norm_
+        self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
+        self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: whole(clip(*args, **kwargs))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As of a model in one piece."""
+        if not self.sharded:
+            return super().save_model(output_dir, _internal_call)
+        weights = whole_state(self.model)  # type: ignore[arg-type]
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, optimizer, scheduler = self._trained()
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=full), "scheduler": scheduler.state_dict()}
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, SHARDED_STATE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.sharded:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state = torch.load(Path(checkpoint, SHARDED_STATE), weights_only=True, map_location="cpu")
+        model, optimizer, scheduler = self._trained()
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(full_state_dict=True))
+        scheduler.load_state_dict(state["scheduler"])
+
+    def _trained(self) -> tuple[Any, Any, Any]:
+        """The model, its optimizer without accelerate's wrapping, the scheduler."""
+        return self.model, getattr(self.optimizer, "optimizer", self.optimizer), self.lr_scheduler
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """An adapter, or all weights."""
         trained = self.model if model is None else model
-        if isinstance(trained, PreTrainedModel) and has_adapters(trained):
-            return read_adapter(trained, Path(resume_from_checkpoint))
+        if isinstance(trained, PreTrainedModel) and (has_adapters(trained) or is_sharded(trained)):
+            return load_weights(trained, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -267,7 +314,7 @@ def train(
     resume = run / "resume"
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    if loss.layer is not None:
+    if loss.layer is not None and not is_sharded(model):
         freeze_unreached(model, loss, batches[0])
     start = where_to_start(resume)
     progress = Progress()

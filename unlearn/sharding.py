@@ -1,0 +1,97 @@
+"""FSDP2: a model's weights, gradients and optimiser state in shards, one on each process (PyTorch's `fully_shard`).
+
+A shard is a DTensor: it knows what it is a part of. What is not sharded passes through all of this as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import PreTrainedModel
+
+
+def shard(model: PreTrainedModel) -> None:
+    """Split the model's weights over the processes, in place: block by block, and what is around the blocks.
+
+    With one process there is nothing to split.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return
+    mesh = init_device_mesh(state.device.type, (state.num_processes,))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's layers: the first list of as many modules as its configuration counts."""
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
+    return list(next(lists, []))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All parts together; every process has to call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def like(parameter: Tensor, full: Tensor) -> Tensor:
+    """A whole tensor laid out as the parameter is, in its precision and on its device."""
+    full = full.detach().to(parameter.device, parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        return full
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def zeros(parameter: Tensor, stack: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """(*stack, *parameter.shape) zeros, split over the processes as the parameter is."""
+    here = local(parameter)
+    found = here.new_zeros((*stack, *here.shape), dtype=dtype)
+    if not isinstance(parameter, DTensor):
+        return found
+    shape = torch.Size((*stack, *parameter.shape))
+    placements = [Shard(len(stack))]
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(found, parameter.device_mesh, placements, run_check=False, shape=shape, stride=strides)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict, whole, on the main process; every process has to call it, and the others get an empty one."""
+    if not is_sharded(model):
+        return model.state_dict()
+    keep = PartialState().is_main_process
+    found = {}
+    gathered: dict[int, Tensor] = {}  # tied weights once, so that they stay one tensor
+    for name, value in model.state_dict().items():
+        key = local(value).data_ptr()
+        full = gathered[key] if key in gathered else whole(value)
+        if keep:
+            found[name] = gathered[key] = full.cpu()
+        else:
+            gathered[key] = full.new_empty(0)
+    return found
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers of all processes are finite."""
+    state = PartialState()
+    bad = torch.tensor(sum(not local(x).isfinite().all() for x in tensors), device=state.device)
+    if state.num_processes > 1:
+        torch.distributed.all_reduce(bad)
+    return not bad.item()
