@@ -10,7 +10,7 @@ from conftest import ROOT, run_in
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-METHODS = ["finetune", "ga", "wga", "npo", "rmu_2", "idk", "npo_kl", "npo_gd", "gd"]
+METHODS = ["finetune", "ga", "rmu_2", "idk", "npo_kl", "npo_gd"]
 
 
 @pytest.fixture(scope="module")

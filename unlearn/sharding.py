@@ -27,7 +27,7 @@ def shard(model: PreTrainedModel) -> None:
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else its parameters are whole after a forward pass alone
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
