@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo plan test check format clean
 
 setup: .venv/ready
 
@@ -28,6 +28,14 @@ demo: setup
 	$(BIN)/python basher2.py ga --model=tiny --setting=forget10
 	$(BIN)/python basher2.py npo_kl --model=tiny --setting=forget10 tokens=true
 	@echo "The scores are in $(RUN)/*/scores.csv, the figures in $(RUN)/*/figures, */geffect/figures and */checkpoint-*/eval_results/*/figures"
+
+# What a family needs of memory and disk: make plan FAMILY=llama2-7b GPUS=8 SETTINGS="parallel=fsdp plan_for=gpu".
+FAMILY ?= llama2-7b
+GPUS ?= 1
+plan: setup
+	$(BIN)/python finetune.py model_family=$(FAMILY) plan=$(GPUS) $(SETTINGS)
+	$(BIN)/python forget.py model_family=$(FAMILY) method=npo retain=kl plan=$(GPUS) geffect.every=5 $(SETTINGS)
+	$(BIN)/python evaluation_everything.py model_family=$(FAMILY) plan=$(GPUS) $(SETTINGS)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+import planning
 import settings
 import utils
 from forget import build_loss, original_of, reference_of
@@ -146,6 +147,8 @@ def prepare(cfg: DictConfig) -> utils.Family:
 
 
 def run(cfg: DictConfig) -> None:
+    if cfg.get("plan"):
+        return planning.tell(cfg, "forget_ge")
     family = prepare(cfg)
     with utils.alone(Path(cfg.save_dir, "geffect")):
         measure(cfg, family)
@@ -267,6 +270,7 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
         sweep=dict(zip(parse_sweep(cfg), targets[1:], strict=True)),
         bf16=bf16,
         batch_size=cfg.batch_size,
+        offload=cfg.geffect.offload,
         decode=lambda token: str(tokenizer.decode([token])),
     )
 

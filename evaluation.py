@@ -50,6 +50,9 @@ def prepare(cfg: DictConfig, config_name: str) -> utils.Family:
     for key in ("model_family", "split", "model_path", "original_path", "retain_path", "retain_result"):
         if key in cfg and not OmegaConf.is_missing(cfg, key) and cfg[key] == "":
             cfg[key] = None
+    for key in ("model_path", "original_path", "retain_path", "retain_result", "save_dir"):
+        if key in cfg and not OmegaConf.is_missing(cfg, key) and not isinstance(cfg[key], str | None):
+            raise ValueError(f"{key}={cfg[key]}: needs to be a text")
     if not cfg.model_path:
         raise ValueError("model_path is missing: the folder (or hub name) of the model to evaluate")
     cfg.model_path = utils.find_path(cfg.model_path)

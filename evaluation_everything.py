@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 import evaluation
+import planning
 import settings
 import utils
 
@@ -84,6 +85,8 @@ def no_holdout(cfg: DictConfig) -> str | None:
 
 
 def run(cfg: DictConfig) -> None:
+    if cfg.get("plan"):
+        return planning.tell(cfg, "eval_everything")
     family = prepare(cfg)
     models = evaluation.Models(cfg, family, keep=cfg.control)
     rows = read_rows(cfg)

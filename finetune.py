@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+import planning
 import settings
 import utils
 from unlearn.files import count_parameters
@@ -43,6 +44,8 @@ def prepare(cfg: DictConfig) -> utils.Family:
 
 
 def run(cfg: DictConfig) -> None:
+    if cfg.get("plan"):
+        return planning.tell(cfg, "finetune")
     family = prepare(cfg)
     with utils.alone(Path(cfg.save_dir)):
         finetune_split(cfg, family)
@@ -73,7 +76,7 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
     else:
         tokenizer = load_tokenizer(family.hf_key, family.hf_key)
         flash = family.flash_attention2 and utils.use_bfloat16(cfg.dtype, family)
-        model = load_model(family.hf_key, utils.model_device(cfg), flash)
+        model = load_model(family.hf_key, utils.model_device(cfg), flash, getattr(torch, cfg.weights))
 
     if cfg.LoRA.r:
         add_lora(model, LoRA(**cfg.LoRA), cfg.seed, base_on_disk(family.hf_key, folder, model, tokenizer))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+import planning
 import settings
 import utils
 from unlearn.files import count_parameters, written_beside
@@ -71,12 +72,16 @@ def checkpoints(cfg: DictConfig, steps: int) -> set[Path]:
 
 
 def run(cfg: DictConfig) -> None:
+    if cfg.get("plan"):
+        return planning.tell(cfg, "forget")
     family = prepare(cfg)
     with utils.alone(Path(cfg.save_dir)):
         unlearn_split(cfg, family)
 
 
 def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
+    import torch
+
     import dataloader
 
     folder = Path(cfg.save_dir)
@@ -100,7 +105,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     from unlearn.training import train
 
     bf16 = utils.use_bfloat16(cfg.dtype, family)
-    model = load_model(cfg.model_path, utils.model_device(cfg), family.flash_attention2 and bf16)
+    model = load_model(cfg.model_path, utils.model_device(cfg), family.flash_attention2 and bf16, getattr(torch, cfg.weights))
     tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
     if cfg.LoRA.r:
         add_lora(model, LoRA(**cfg.LoRA), cfg.seed, base_on_disk(cfg.model_path, folder, model, tokenizer))
@@ -136,7 +141,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
         beside = dataloader.beside_rows(retain, cfg.geffect.retain_rows, len(target), cfg.seed)
         risks = {"unlearn": measured["forget"], "retain": measured["retain"]}
         wanted = Wanted(instances=cfg.geffect.instances, norms=cfg.geffect.norms)
-        meter = Meter(model, Target(loss, target, beside), risks, pad, wanted, bf16=bf16)
+        meter = Meter(model, Target(loss, target, beside), risks, pad, wanted, bf16=bf16, offload=cfg.geffect.offload)
         callbacks.append(GEffectCallback(meter, cfg.geffect.every, folder / "geffect"))
     if cfg.eval.every:
         rows = {name: measured[name] for name in ("forget", "retain")}

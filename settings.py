@@ -210,7 +210,7 @@ def one_line(error: Exception, config_name: str) -> str:
         group, name, options = choice.groups()
         return f"{group}={name}: unknown; there are {', '.join(options.split())}" + (hint(name) if group == "method" else "")
     if config := re.search(r"Cannot find primary config '([^']+)'", text):
-        names = sorted(file.stem for file in CONFIG.glob("*.yaml") if file.stem not in ("common", "model_config"))
+        names = sorted(file.stem for file in CONFIG.glob("*.yaml") if file.stem not in ("common", "model_config", "shapes"))
         return f"--config-name={config[1]}: unknown; there are {', '.join(names)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: no setting, which is key=value ({text.partition(' See https')[0]})"
@@ -337,6 +337,9 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "save_dtype": _one_of("float32", "bfloat16"),
     "optim": _one_of(*OPTIMIZERS),
     "parallel": _one_of("ddp", "fsdp"),
+    "plan": _number(0, whole=True),
+    "plan_for": _one_of("gpu", "cpu"),
+    "geffect.offload": BOOL,
     "keep_last": _number(1, whole=True),
     "LoRA.r": _number(0, whole=True),
     "LoRA.alpha": _number(1, whole=True),
@@ -539,7 +542,7 @@ def check_checkpoint(key: str, path: str) -> None:
 
 def check_architecture(key: str, path: str, family: Family) -> None:
     """Raises ValueError where the checkpoint has another architecture or vocabulary than the family's model (if it is here)."""
-    there, of_family = _model_config(path), _model_config(family.hf_key)
+    there, of_family = model_config(path), model_config(family.hf_key)
     if there is not None and of_family is not None:
         for name in ("model_type", "vocab_size"):
             if there.get(name) != of_family.get(name):
@@ -549,10 +552,10 @@ def check_architecture(key: str, path: str, family: Family) -> None:
                 )
 
 
-def _model_config(path: str) -> dict[str, Any] | None:
+def model_config(path: str) -> dict[str, Any] | None:
     """A model's (an adapter's model's) config.json, in a folder or in the hub's cache; None where it is in neither."""
     if (base := base_of(path)) is not None:
-        return _model_config(base)
+        return model_config(base)
     file = Path(path, "config.json")
     if not Path(path).is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -571,7 +574,7 @@ def _model_config(path: str) -> dict[str, Any] | None:
 
 def check_layer(model_path: str, layer: int) -> None:
     """Raises ValueError where the model is not that deep."""
-    config = _model_config(model_path)
+    config = model_config(model_path)
     if config is None:
         from huggingface_hub import hf_hub_download
 

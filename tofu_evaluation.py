@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 import evaluation
+import planning
 import settings
 import utils
 
@@ -80,6 +81,8 @@ def check_questions(cfg: DictConfig, rows: list[dict[str, Any]]) -> None:
 
 
 def run(cfg: DictConfig) -> None:
+    if cfg.get("plan"):
+        return planning.tell(cfg, "eval_tofu")
     if "ckpt_result" in cfg:
         return aggregate_logs(cfg)
     family = prepare(cfg)

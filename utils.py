@@ -42,18 +42,8 @@ HUB_TOFU = "locuslab/TOFU"
 UNNAMED = {
     *("model_family", "split", "lr", "num_epochs", "weight_decay", "hyper_param", "method.layer"),
     *("model_path", "hf_key", "data_path", "forget_data", "retain_data", "save_dir", "output_dir"),
-    *(
-        "gradient_checkpointing",
-        "save_steps",
-        "keep_last",
-        "save_dtype",
-        "parallel",
-        "logger",
-        "debug",
-        "method.name",
-        "method.run_name",
-        "retain.name",
-    ),
+    *("gradient_checkpointing", "parallel", "save_steps", "keep_last", "save_dtype", "logger", "debug", "plan", "plan_for"),
+    *("method.name", "method.run_name", "retain.name", "geffect.offload"),
     *("eval.every", "geffect.every", "geffect.retain_rows", "geffect.instances", "geffect.norms"),
 }
 # What may differ when a run is started again.
@@ -298,6 +288,8 @@ def why_no_checkpoint(folder: Path) -> str | None:
     if not any(folder.glob("*.safetensors")):
         return "a folder without a checkpoint"
     try:
+        if (config := folder / "config.json").exists() and "model_type" not in read_object(config):
+            return f"its {config.name} names no model_type"
         base = base_of(folder)
         if base is not None and Path(base).is_absolute() and (why := why_no_checkpoint(Path(base))):
             return f"an adapter, and its model {base} is not there ({why})"
@@ -353,6 +345,17 @@ def original_model(family: Family, cfg: DictConfig) -> str:
 def default_holdout(retain_rows: int) -> int:
     """How many of local retain rows are held out where it is not said: a fifth of them, 400 at most."""
     return min(400, max(1, retain_rows // 5))
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises ValueError where it holds none."""
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: not a JSON object ({found!r:.40})")
+    return found
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ import utils
 
 CONFIG = ROOT / "config"
 NO_MODEL = ("aggregate_eval_stat",)  # without a family
-PRIMARY = sorted(file.stem for file in CONFIG.glob("*.yaml") if file.stem not in (*NO_MODEL, "model_config", "common"))
+PRIMARY = sorted(
+    file.stem for file in CONFIG.glob("*.yaml") if file.stem not in (*NO_MODEL, "model_config", "common", "shapes")
+)
 METHODS = sorted(file.stem for file in (CONFIG / "method").glob("*.yaml"))
 RETAIN = sorted(file.stem for file in (CONFIG / "retain").glob("*.yaml"))
 
@@ -249,7 +252,7 @@ def test_finetuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     here.mkdir(parents=True)
     with pytest.raises(ValueError, match="no fine-tuned model"):
         utils.original_model(tiny, cfg)
-    (here / "config.json").touch()
+    (here / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (here / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")  # no tensors, whole
     assert utils.original_model(tiny, cfg) == str(here)
     # local files: a model of TOFU is never taken for theirs

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-MODULES = {"dataloader", "utils", "settings", "evaluation"}
+MODULES = {"dataloader", "utils", "settings", "planning", "evaluation"}
 SCRIPTS = {"finetune", "forget", "compute_geffect", "evaluation_everything", "tofu_evaluation", "basher1", "basher2"}
 PACKAGE = sorted((ROOT / "unlearn").rglob("*.py"))
 
@@ -58,6 +58,7 @@ def test_the_package_imports_no_top_level_module(file: Path) -> None:
         ("dataloader", {"utils"}),
         ("settings", {"utils"}),
         ("utils", set()),
+        ("planning", {"settings", "utils"}),
         ("evaluation", {"dataloader", "settings", "utils"}),
     ],
 )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -35,18 +36,34 @@ def lacks_tokenizer(path: str) -> bool:
 
 
 def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, else the one at `fallback`."""
+    """The checkpoint's tokenizer, else the one at `fallback`. Raises ValueError where neither has one."""
+    if lacks_tokenizer(path) and lacks_tokenizer(fallback):
+        raise ValueError(f"{path}: no tokenizer there, and none at {fallback}")
     return AutoTokenizer.from_pretrained(fallback if lacks_tokenizer(path) else path)
 
 
 def load_model(
     path: str, device: torch.device, flash_attention: bool = False, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The checkpoint as a causal LM, with flash-attn where it is wanted and there (see `attention`); an adapter's is merged."""
+    """The checkpoint as a causal LM, with flash-attn where it is wanted and there (see `attention`); an adapter's is merged.
+
+    Raises:
+        ValueError: its files lack a weight, or have one of another shape than its config.json says, or one that is not finite.
+    """
     if (base := base_of(path)) is not None:
         return merged(load_model(base, device, flash_attention, dtype), path)
     how = "sdpa" if dtype == torch.float64 else attention(device, flash_attention)  # the plain one's softmax is float32
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=how)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=how, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
+    if other := sorted(name for name, *_ in report["mismatched_keys"]):
+        raise ValueError(f"{path}: its {', '.join(other[:3])} is of another shape than its config.json says")
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{path}: its files lack {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}")
+    if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"{path}: its weights are not finite: {', '.join(broken[:3])}{' and more' if len(broken) > 3 else ''}")
     return model.to(device)  # type: ignore[arg-type]
 
 

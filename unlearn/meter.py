@@ -90,6 +90,7 @@ class Meter:
         sweep: more targets by (method, hyper-parameter), for the totals of each.
         bf16: run the model under bfloat16 autocast (but never the forward-mode pass).
         decode: token id to text, for the table of tokens.
+        offload: keep the risks' gradients V in CPU memory, from where each module's is fetched when it is needed.
     """
 
     model: PreTrainedModel
@@ -101,6 +102,7 @@ class Meter:
     bf16: bool = False
     batch_size: int = 16
     decode: Callable[[int], str] = str
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.wanted.positions and not self.wanted.instances:
@@ -194,11 +196,12 @@ class Meter:
     def risk_gradients(self) -> dict[str, float]:
         """Fill `directions` with the gradients V of the risks, in the weights' precision; returns the risks' values."""
         if not self.directions:
-            self.directions = {name: sharding.zeros(p, (len(RISKS),), p.dtype) for name, p in self.parameters.items()}
+            made = {name: sharding.zeros(p, (len(RISKS),), p.dtype) for name, p in self.parameters.items()}
+            self.directions = {name: v.cpu() for name, v in made.items()} if self.offload else made
         values = {}
         for d, risk in enumerate(RISKS):
             stacked = {name: v[d] for name, v in self.directions.items()}
-            accumulates = all(v.dtype == wide(v.dtype) for v in stacked.values())  # half precision can't
+            accumulates = not self.offload and all(v.dtype == wide(v.dtype) for v in stacked.values())  # half precision can't
             sums = stacked if accumulates else zeros(self.parameters)
             for v in sums.values():
                 v.zero_()

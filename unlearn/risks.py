@@ -183,4 +183,4 @@ def dot(a: Tensor, b: Tensor) -> float:
     """The inner product of two tensors of one shape (of their shards here), the products formed and summed in float64."""
     a, b = (local(x.detach()).flatten().split(CHUNK) for x in (a, b))
     pieces = zip(a, b, strict=True)
-    return float(sum(x.double() @ y.double() for x, y in pieces))
+    return float(sum(x.double() @ y.to(x.device).double() for x, y in pieces))

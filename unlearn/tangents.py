@@ -59,7 +59,7 @@ def token_tangents(
     """
     outputs = _Outputs(model, batch, layer)
     weights = {f"model.{name}": p.detach() for name, p in parameters.items()}
-    v = {name: directions[name.removeprefix("model.")].to(w.dtype) for name, w in weights.items()}
+    v = {name: directions[name.removeprefix("model.")].to(w) for name, w in weights.items()}
 
     def run(w: Weights) -> dict[str, Tensor]:
         return functional_call(outputs, w, ())

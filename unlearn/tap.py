@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unlearn.risks import Batch, Directions, wide
-from unlearn.sharding import local, whole
+from unlearn.sharding import whole
 from unlearn.tangents import along_each, padding
 from unlearn.tokens import label_positions, token_outputs
 
@@ -79,7 +79,8 @@ class Site:
 
     def along(self, directions: Directions, d: int) -> dict[str, Tensor]:
         """Its V, all parts of it: in shards, it is gathered here and no longer than it is used."""
-        return {name: whole(directions[full][d]) for name, full in self.names.items()}
+        where = {name: self.module.get_parameter(name).device for name in self.names}
+        return {name: whole(directions[full][d].to(where[name])) for name, full in self.names.items()}
 
     def changes(self, directions: Directions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[Tensor]]:
         """For each direction the change of its outputs along it."""
@@ -90,7 +91,7 @@ class Site:
                 yield outputs if where is None else [x.masked_fill(where, 0) for x in outputs]
             return
         own = {name: self.module.get_parameter(name).detach() for name in self.names}
-        v = {name: whole(directions[full]).to(own[name].dtype) for name, full in self.names.items()}
+        v = {name: whole(directions[full].to(own[name].device)).to(own[name].dtype) for name, full in self.names.items()}
         _, changes = along_each(lambda w: self.call(w, args, kwargs), own, v)
         yield from (list(change) for change in zip(*changes, strict=True))
 
@@ -275,8 +276,8 @@ class Tap:
 
     def __init__(self, sites: list[Site], directions: Directions, instances: int) -> None:
         self.sites, self.directions, self.busy = sites, directions, False
-        like = next(iter(directions.values()))
-        self.effects = torch.zeros((instances, len(sites), len(like)), dtype=torch.float64, device=local(like).device)
+        n, device = len(next(iter(directions.values()))), next(sites[0].module.parameters()).device
+        self.effects = torch.zeros((instances, len(sites), n), dtype=torch.float64, device=device)
         self.layers = list(dict.fromkeys(site.layer for site in sites))
         self.positions: Tensor | None = None  # (instances, T, layers, D)
 

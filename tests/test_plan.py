@@ -1,0 +1,89 @@
+"""plan=N: shapes, the arithmetic's parts, and that nothing is run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_in
+from transformers import AutoConfig
+
+from unlearn.plan import Shape, Work, measuring, shape_of, training
+
+SHAPES = yaml.safe_load((ROOT / "config/shapes.yaml").read_text())
+MILLIONS = {  # as published
+    **{"llama2-7b": 6738.4, "phi": 1418.3, "smollm2-135m": 134.515, "smollm2-360m": 361.8, "smollm2-1.7b": 1711.4},
+    **{"llama-3.2-1b": 1235.8, "llama-3.2-3b": 3212.7, "Llama-3.1-8B-Instruct": 8030.3},
+    **{"qwen2.5-0.5b": 494.0, "qwen2.5-1.5b": 1543.7, "pythia-1.4b": 1414.6},
+}
+
+
+def shape(name: str) -> Shape:
+    return shape_of(AutoConfig.for_model(**({"tie_word_embeddings": False} | SHAPES[name])))
+
+
+@pytest.mark.parametrize("name", MILLIONS)
+def test_shapes_have_the_published_size(name: str) -> None:
+    assert shape(name).parameters / 1e6 == pytest.approx(MILLIONS[name], rel=2e-4)
+
+
+def test_every_family_has_a_shape() -> None:
+    families = yaml.safe_load((ROOT / "config/model_config.yaml").read_text())
+    assert {name for name, entry in families.items() if isinstance(entry, dict)} - set(SHAPES) == {"tiny"}
+
+
+def test_what_saves_memory_does() -> None:
+    """Each setting against plain training, part by part."""
+    model = shape("smollm2-135m")
+    plain = training(model, Work(rows=4, tokens=100, labels=60)).memory
+    assert plain["weights"] == plain["gradients"] == plain["optimiser"] / 2 == 4 * model.parameters
+    half = training(model, Work(rows=4, tokens=100, labels=60, weight=2)).memory
+    assert half["weights"] == half["gradients"] == half["optimiser"] / 2 == 2 * model.parameters
+    assert (
+        training(model, Work(rows=4, tokens=100, labels=60, checkpointing=True)).memory["activations"]
+        < plain["activations"] / 5
+    )
+    shards = training(model, Work(rows=4, tokens=100, labels=60, shards=8)).memory
+    assert shards["optimiser"] == plain["optimiser"] / 8
+    lora = training(model, Work(rows=4, tokens=100, labels=60, lora=8))
+    assert lora.memory["optimiser"] == 8 * 2_442_240
+    assert lora.disk["checkpoints"] == 4 * 2_442_240
+    offload = measuring(model, Work(rows=4, tokens=100, labels=60, directions=4, offload=True), optimizer=True)
+    assert "directions V" not in offload.memory
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "finetune.py model_family=llama plan=8 plan_for=gpu parallel=fsdp",
+        "forget.py model_family=phi split=forget05 method=npo retain=kl plan=1 geffect.every=5",
+        "forget.py --config-name=forget_lora model_family=smollm2-135m plan=1 plan_for=cpu",
+        "compute_geffect.py model_family=phi method=npo plan=1",
+        "tofu_evaluation.py model_family=phi plan=1",
+        "evaluation_everything.py model_family=llama plan=2",
+    ],
+)
+def test_a_plan_runs_nothing(tmp_path: Path, line: str) -> None:
+    done = run_in(tmp_path, f"python {ROOT}/{line}")
+    assert re.search(r"[\d,]+ parameters, \d x (GPU|CPU), parallel=(ddp|fsdp)\n", done.stdout)
+    assert "GiB of memory a process" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("forget.py model_family=lama plan=1", ["lama", "smollm2-135m"]),
+        ("finetune.py model_family=phi plan=-1", ["plan=-1", "whole number of at least 0"]),
+        ("finetune.py model_family=phi plan=two", ["plan=two", "whole number of at least 0"]),
+        ("finetune.py model_family=phi plan=1 plan_for=tpu", ["plan_for=tpu", "gpu, cpu"]),
+        ("finetune.py model_family=phi plan=1 optim=foo", ["optim=foo", "adamw_8bit"]),
+    ],
+)
+def test_what_a_user_can_get_wrong(tmp_path: Path, line: str, words: list[str]) -> None:
+    done = run_in(tmp_path, f"python {ROOT}/{line}", check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert [word for word in words if word not in done.stderr] == []

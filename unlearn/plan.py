@@ -1,0 +1,207 @@
+"""What a stage of the work needs of memory and disk, by arithmetic: no weights are made, and nothing is run.
+
+Letters: P parameters, of which P_t are trained; N processes; w bytes a weight; T tokens of the largest micro-batch, M of them
+labels; V vocabulary, h hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+HALF, FULL = 2, 4  # bytes of a number
+MEASURED_ROWS = 16  # a batch of what is not trained
+FRAGMENTS, OF_ADAPTERS = 1.15, 1.2  # what a CPU's allocator holds beside what is in use; small tensors leave more holes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, as far as its size goes. `linear`: in and out features of each linear layer but the head."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_values: int
+    vocabulary: int
+    tied: bool
+    linear: tuple[tuple[int, int], ...]
+
+    def adapters(self, r: int) -> int:
+        """How many numbers LoRA trains."""
+        return sum(r * (a + b) for a, b in self.linear)
+
+
+def shape_of(config: PreTrainedConfig) -> Shape:
+    """The shape of the causal LM that a configuration makes."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Shape(
+        parameters=model.num_parameters(),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        heads=heads,
+        key_values=size * (getattr(text, "num_key_value_heads", None) or heads),
+        vocabulary=text.vocab_size,
+        tied=head.weight is model.get_input_embeddings().weight,
+        linear=tuple((m.weight.shape[1], m.weight.shape[0]) for m in linear),
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """How the work is done.
+
+    Attributes:
+        rows: of a micro-batch, a process; with a retain term there are as many retain rows beside.
+        tokens, labels: of a long row.
+        optimizer: bytes of state a trained parameter, for float32 weights.
+        checkpoints: how many the run leaves; `saved`: bytes a number in them.
+        directions: bytes a number of V, 0 where no G-effect is measured; `offload`: V in CPU memory.
+    """
+
+    rows: int
+    tokens: int
+    labels: int
+    optimizer: float = 8
+    weight: int = FULL
+    bf16: bool = True
+    checkpointing: bool = False
+    lora: int = 0
+    retain: bool = False
+    reference: bool = False
+    shards: int = 1
+    gpu: bool = True
+    checkpoints: int = 1
+    saved: int = FULL
+    directions: int = 0
+    norms: bool = True
+    offload: bool = False
+
+
+@dataclass
+class Need:
+    """A stage's memory on each process, in bytes by what it is for, and its disk."""
+
+    stage: str
+    memory: dict[str, float]
+    disk: dict[str, float] = field(default_factory=dict)
+    fragments: float = 1.0
+
+    @property
+    def peak(self) -> float:
+        return self.fragments * sum(self.memory.values())
+
+
+def activations(shape: Shape, work: Work, tokens: float, width: float) -> float:
+    """What a forward pass keeps for the backward pass, in bytes, logits apart.
+
+    A layer keeps of each token: in float32 the inputs of both norms, what they normalise, and both residual sums (6 h); in the
+    precision of products the inputs of all matrices, queries, keys and values before and after rotation, the attention's
+    output, and the MLP's gate, its activation and its product (4 f); where attention is not fused also its weights, before
+    and after softmax.
+    """
+    x = HALF if work.bf16 or work.weight == HALF else FULL
+    each: float = 6 * FULL * shape.hidden
+    each += x * (6 * shape.hidden + 4 * shape.key_values + 4 * shape.intermediate)
+    if not work.gpu:
+        each += shape.heads * width * (2 * x + FULL)
+    if work.lora:  # each adapter's input in float32, after dropout, its mask, and its product's input
+        each += sum(a for a, _ in shape.linear) / shape.layers * (2 * FULL + 1 + x)
+    if work.checkpointing:
+        return tokens * (shape.layers * FULL * shape.hidden + each)
+    return tokens * shape.layers * each
+
+
+def logits(shape: Shape, labels: float, copies: float, bf16: bool) -> float:
+    """Logits as the head gives them, and `copies` of them in float32: wide, as log-probabilities, their gradient."""
+    return labels * shape.vocabulary * ((HALF if bf16 else 0) + copies * FULL)
+
+
+def held(shape: Shape, work: Work) -> dict[str, float]:
+    """What is there all the while: the weights, and where they are in shards two blocks of them whole."""
+    bytes_ = float(work.weight * shape.parameters)
+    found = {"weights": bytes_ / work.shards}
+    if work.shards > 1:
+        found["blocks gathered"] = 2 * bytes_ / (shape.layers + 1)
+    if work.reference and not work.lora:
+        found["reference model"] = bytes_ / work.shards
+    return found
+
+
+def trained(shape: Shape, work: Work) -> int:
+    return shape.adapters(work.lora) if work.lora else shape.parameters
+
+
+def training(shape: Shape, work: Work) -> Need:
+    """A training step's peak, and the disk of a run: its checkpoints, and twice what a killed run goes on from."""
+    p = trained(shape, work)
+    sets = 2 if work.retain else 1
+    memory = held(shape, work)
+    width = FULL if work.lora else work.weight
+    if work.lora:
+        memory["adapters"] = float(FULL * p)
+    memory["gradients"] = width * p / work.shards
+    memory["optimiser"] = work.optimizer * width / FULL * p / work.shards
+    if shape.tied and not work.lora:  # both uses' gradients before they are added
+        memory["gradients of the tied head"] = 2.0 * width * shape.vocabulary * shape.hidden
+    if work.bf16 and work.weight == FULL:
+        memory["weights in bfloat16"] = HALF * shape.parameters / (1 if work.shards == 1 else shape.layers)
+    tokens = sets * work.rows * work.tokens
+    memory["activations"] = activations(shape, work, tokens, work.tokens)
+    memory["logits"] = logits(shape, sets * work.rows * work.labels, 3, work.bf16)
+    if work.reference:
+        memory["logits of the reference"] = logits(shape, work.rows * work.labels, 5, work.bf16)
+    disk = {"checkpoints": float(work.checkpoints * work.saved * p), "to go on from": 2 * (FULL + work.optimizer) * p}
+    return Need("training", memory, disk, 1 if work.gpu else OF_ADAPTERS if work.lora else FRAGMENTS)
+
+
+def measuring(shape: Shape, work: Work, optimizer: bool) -> Need:
+    """G-effects: V of two risks, the sum it is accumulated in (with norms the gradient's); the step's gradient is gone."""
+    p = trained(shape, work)
+    memory = held(shape, work)
+    if optimizer:
+        memory["optimiser"] = work.optimizer * work.weight / FULL * p / work.shards
+    if not work.offload:
+        memory["directions V"] = 2.0 * work.directions * p / work.shards
+    if work.norms or work.directions == HALF or work.offload:
+        memory["sum in float32"] = FULL * p / work.shards
+    memory["gradient of a tensor"] = float(work.weight * max(shape.vocabulary * shape.hidden, 1))
+    memory["activations"] = activations(shape, work, MEASURED_ROWS * work.tokens, work.tokens)
+    memory["logits"] = logits(shape, MEASURED_ROWS * work.labels, 3, work.bf16)
+    return Need("G-effects", memory, {}, 1 if work.gpu else FRAGMENTS)
+
+
+def scoring(shape: Shape, work: Work, models: int) -> Need:
+    """Teacher forcing and decoding: weights (of several models for the control search), keys and values, logits."""
+    memory = held(shape, work)
+    memory["weights"] *= models
+    keys = 2 * shape.key_values * shape.layers * (HALF if work.bf16 else FULL)
+    memory["keys and values"] = float(4 * MEASURED_ROWS * 2 * work.tokens * keys)  # four times the rows are decoded at once
+    memory["logits"] = logits(shape, MEASURED_ROWS * work.labels, 3, work.bf16)
+    return Need("scores", memory, {}, 1 if work.gpu else FRAGMENTS)
+
+
+def table(needs: list[Need]) -> str:
+    """The needs as lines, in GiB."""
+    lines = []
+    for need in needs:
+        lines.append(f"{need.stage}: {need.peak / 2**30:.2f} GiB of memory a process")
+        lines += [f"    {value / 2**30:8.2f}  {name}" for name, value in need.memory.items()]
+        if need.fragments > 1:
+            lines.append(f"    {(need.fragments - 1) * need.peak / need.fragments / 2**30:8.2f}  allocator")
+        if need.disk:
+            lines.append(f"  {sum(need.disk.values()) / 2**30:.2f} GiB of disk")
+            lines += [f"    {value / 2**30:8.2f}  {name}" for name, value in need.disk.items()]
+    return "\n".join(lines)
