@@ -177,7 +177,7 @@ class Models:
     def _load(self, path: str) -> Pass:
         import torch
 
-        from unlearn.checkpoints import lacks_tokenizer, load_model, load_tokenizer, pad_id
+        from unlearn.checkpoints import lacks_tokenizer, load, pad_id
         from unlearn.forcing import Pass
         from unlearn.sharding import shard
 
@@ -185,8 +185,9 @@ class Models:
         bf16 = not float64 and utils.use_bfloat16(self.cfg.dtype, self.family)
         kind = torch.float64 if float64 else torch.float32
         made_here = lacks_tokenizer(path) and self.family.from_scratch  # then it is with the family's fine-tuned model
-        self.tokenizer = load_tokenizer(path, utils.original_model(self.family, self.cfg) if made_here else self.family.hf_key)
-        model = load_model(path, utils.model_device(self.cfg), self.family.flash_attention2 and bf16, kind)
+        beside = utils.original_model(self.family, self.cfg) if made_here else self.family.hf_key
+        flash = self.family.flash_attention2 and bf16
+        self.tokenizer, model = load(path, beside, utils.model_device(self.cfg), flash, kind)
         if self.cfg.parallel == "fsdp":
             shard(model)
         return Pass(model, pad_id(self.tokenizer), self.tokenizer.eos_token_id, bf16, self.cfg.batch_size)

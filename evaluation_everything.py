@@ -74,9 +74,12 @@ def no_holdout(cfg: DictConfig) -> str | None:
     """Why there are no rows never trained on, None where there are some."""
     if cfg.forget_data is not None:
         return f"forget_data={cfg.forget_data} has no rows that were never trained on"
+    split = holdout_split(cfg)
     try:
-        settings.check_split(cfg.data_path, holdout_split(cfg))
+        settings.check_split(cfg.data_path, split)
     except ValueError as error:
+        if Path(cfg.data_path, f"{split}.json").exists():  # broken
+            raise
         return str(error)
     return None
 

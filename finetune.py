@@ -60,8 +60,8 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
     import torch
 
     import dataloader
-    from unlearn.adapters import LoRA, add_lora
-    from unlearn.checkpoints import base_on_disk, load_model, load_tokenizer, new_model, pad_id, save_adapter, save_into
+    from unlearn.adapters import LoRA, add_lora, bare, merged_state
+    from unlearn.checkpoints import base_on_disk, load, new_model, pad_id, save_adapter, save_into
     from unlearn.loss import Loss
     from unlearn.objectives import mean_nll
     from unlearn.sharding import shard
@@ -74,9 +74,8 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
         texts = [family.prompt(row["question"]) + row["answer"] for row in dataloader.finetune_rows(cfg, "full")]
         tokenizer, model = new_model(family.hf_key, texts, cfg.seed, utils.model_device(cfg))
     else:
-        tokenizer = load_tokenizer(family.hf_key, family.hf_key)
         flash = family.flash_attention2 and utils.use_bfloat16(cfg.dtype, family)
-        model = load_model(family.hf_key, utils.model_device(cfg), flash, getattr(torch, cfg.weights))
+        tokenizer, model = load(family.hf_key, family.hf_key, utils.model_device(cfg), flash, getattr(torch, cfg.weights))
 
     if cfg.LoRA.r:
         add_lora(model, LoRA(**cfg.LoRA), cfg.seed, base_on_disk(family.hf_key, folder, model, tokenizer))
@@ -89,7 +88,7 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
     def publish(model: PreTrainedModel, weights: dict[str, Tensor], step: int) -> None:
         if step == steps and cfg.LoRA.r:
             save_adapter(folder, tokenizer, cfg.save_dtype, model, weights)
-            save_into(folder, load_model(str(folder / "adapter"), torch.device("cpu")), tokenizer, cfg.save_dtype)
+            save_into(folder, bare(model), tokenizer, cfg.save_dtype, merged_state(model, weights))
         elif step == steps:
             save_into(folder, model, tokenizer, cfg.save_dtype, weights)
 

@@ -93,7 +93,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
         return utils.say(f"{folder} is done already: {steps} steps" + not_there(cfg, steps))
 
     from unlearn.adapters import LoRA, add_lora
-    from unlearn.checkpoints import base_on_disk, load_model, load_tokenizer, pad_id, save_checkpoint
+    from unlearn.checkpoints import base_on_disk, load, pad_id, save_checkpoint
     from unlearn.figures import draw
     from unlearn.forcing import Pass, token_mean, token_nlls
     from unlearn.geffect import GEffectCallback
@@ -105,8 +105,8 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     from unlearn.training import train
 
     bf16 = utils.use_bfloat16(cfg.dtype, family)
-    model = load_model(cfg.model_path, utils.model_device(cfg), family.flash_attention2 and bf16, getattr(torch, cfg.weights))
-    tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
+    kind, flash = getattr(torch, cfg.weights), family.flash_attention2 and bf16
+    tokenizer, model = load(cfg.model_path, family.hf_key, utils.model_device(cfg), flash, kind)
     if cfg.LoRA.r:
         add_lora(model, LoRA(**cfg.LoRA), cfg.seed, base_on_disk(cfg.model_path, folder, model, tokenizer))
     trained = sum(parameter.numel() for parameter in trainable(model).values())

@@ -60,6 +60,7 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
     if "WORLD_SIZE" not in os.environ:  # one process: one device, not torch's DataParallel over all
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach us
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # 1024 kernels, one a shape, would be a GiB on a CPU
     codes: list[int] = []
     sweep: Path | None = None
 
@@ -480,6 +481,8 @@ def check_disk(cfg: DictConfig, checkpoints: set[Path], parameters: int) -> None
 
 # ---- checkpoints and data, before they are loaded ----
 
+OF_ROWS = ("question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer")
+
 
 def check_finetune_data(cfg: DictConfig) -> None:
     """Raises ValueError where the split is none, or its data are not there, wrong, or too few for a step."""
@@ -587,7 +590,9 @@ def check_layer(model_path: str, layer: int) -> None:
 def check_split(data_path: str, split: str) -> int | None:
     """How many rows the split has, None where only `datasets` can tell. Raises ValueError where it is not there."""
     if Path(data_path, f"{split}.json").exists():
-        return check_rows(Path(data_path, f"{split}.json"))
+        perturbed = () if not split.endswith("_perturbed") else ("perturbed_answer",)
+        of_tofu = perturbed and split.startswith(("forget", "retain"))
+        return check_rows(Path(data_path, f"{split}.json"), also=(*perturbed, "paraphrased_answer") if of_tofu else perturbed)
     if Path(data_path).is_dir() and not any(Path(data_path).glob(f"**/{split}*.parquet")):
         there = ", ".join(sorted(file.stem for file in Path(data_path).glob("*.json")))
         raise ValueError(f"split={split}: data_path={data_path} has no {split}.json; there are {there or 'no splits'}")
@@ -615,13 +620,22 @@ def on_hub(name: str, repo_type: str) -> bool:
         return False
 
 
-def check_rows(file: str | Path, key: str = "data_path") -> int:
-    """How many rows a JSON-lines file has. Raises ValueError where one is no question and answer, or there is none."""
+def check_rows(file: str | Path, key: str = "data_path", also: Sequence[str] = ()) -> int:
+    """How many rows a JSON-lines file has. Raises ValueError where one is no question and answer, or there is none.
+
+    Args:
+        also: what its rows need beside question and answer.
+    """
     if not Path(file).is_file():
         raise ValueError(f"{key}={file}: no such file")
     rows = read_jsonl(file)
+    needed = ("question", "answer", *also)
     for number, row in enumerate(rows, start=1):
-        if not all(isinstance(row.get(text), str) for text in ("question", "answer")):
+        if missing := [name for name in needed if row.get(name) is None]:
             kinds = {name: type(value).__name__ for name, value in row.items()}
-            raise ValueError(f"{key}={file}, row {number}: needs the texts 'question' and 'answer', and has {kinds}")
+            raise ValueError(f"{key}={file}, row {number}: needs {' and '.join(map(repr, missing))}, and has {kinds}")
+        for name in {*needed, *OF_ROWS} & row.keys():
+            texts, what = (row[name], "a list of texts") if name == "perturbed_answer" else ([row[name]], "a text")
+            if row[name] is not None and not (isinstance(texts, list) and texts and all(isinstance(x, str) for x in texts)):
+                raise ValueError(f"{key}={file}, row {number}: {name!r} is {what}, and not {row[name]!r:.60}")
     return len(rows)

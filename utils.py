@@ -147,6 +147,7 @@ def load_family(name: str, **overrides: Any) -> Family:
         raise ValueError(f"loss_on_answer_tag=true: model_family={name} has a chat template, and so no answer tag")
     if chat and values.get("from_scratch"):
         raise ValueError(f"model_family={name}: from_scratch makes a tokenizer without a chat template")
+    values["from_scratch"] = values.get("from_scratch", False) and not is_checkpoint(values["hf_key"])
     return Family(**{"name": name, **values})
 
 

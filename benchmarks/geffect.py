@@ -75,7 +75,7 @@ from tqdm import tqdm
 
 import dataloader
 import utils
-from unlearn.checkpoints import load_model, load_tokenizer, pad_id
+from unlearn.checkpoints import load, pad_id
 from unlearn.files import write_whole
 from unlearn.forcing import Pass, token_nlls
 from unlearn.loss import Loss
@@ -385,8 +385,7 @@ def seconds_to_find_sites(bench: Bench) -> float:
 def build(cfg: DictConfig, family: utils.Family, args: argparse.Namespace) -> Bench:
     """Raises ValueError where there are not so many rows."""
     bf16 = args.dtype == "bfloat16"
-    model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16).eval()
-    tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
+    tokenizer, model = load(cfg.model_path, family.hf_key, utils.device(), family.flash_attention2 and bf16)
     pad = pad_id(tokenizer)
     forget, retain = (dataloader.tokenize(rows, tokenizer, family, cfg.max_length) for rows in first_rows(cfg, args))
     nlls = token_nlls(Pass(model, pad, tokenizer.eos_token_id, bf16), forget, what="reference log-probabilities")

@@ -73,7 +73,7 @@ import dataloader
 import settings
 import utils
 from unlearn import asking, scores
-from unlearn.checkpoints import load_model, load_tokenizer, pad_id
+from unlearn.checkpoints import load, pad_id
 from unlearn.decoding import MAX_LENGTH, greedy_answers, stop_tokens
 from unlearn.files import write_whole
 from unlearn.forcing import Pass, prompt_length, teacher_force
@@ -313,8 +313,7 @@ def first_rows(cfg: DictConfig, n: int) -> list[dict[str, Any]]:
 
 def build(cfg: DictConfig, family: utils.Family, args: argparse.Namespace) -> Bench:
     bf16 = args.dtype == "bfloat16"
-    model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16).eval()
-    tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
+    tokenizer, model = load(cfg.model_path, family.hf_key, utils.device(), family.flash_attention2 and bf16)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=MAX_LENGTH)
     texts = first_rows(cfg, args.rows)
     how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, bf16, args.batch)

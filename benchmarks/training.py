@@ -71,7 +71,7 @@ from transformers import trainer as transformers_trainer
 import dataloader
 import forget
 import utils
-from unlearn.checkpoints import load_model, load_tokenizer, pad_id
+from unlearn.checkpoints import load, pad_id
 from unlearn.forcing import Pass, token_nlls
 from unlearn.training import peak_memory, train
 
@@ -312,8 +312,7 @@ def riding_along(callback: TrainerCallback) -> Iterator[None]:
 def compare(cfg: DictConfig, family: utils.Family, args: argparse.Namespace) -> dict[str, Any]:
     """The three loops' numbers for the method of the configuration, which is forget.py's."""
     bf16 = utils.use_bfloat16(cfg.dtype, family)
-    model = load_model(cfg.model_path, utils.device(), family.flash_attention2 and bf16)
-    tokenizer = load_tokenizer(cfg.model_path, family.hf_key)
+    tokenizer, model = load(cfg.model_path, family.hf_key, utils.device(), family.flash_attention2 and bf16)
     pad = pad_id(tokenizer)
     rows = dataloader.tokenize(dataloader.unlearning_data(cfg).forget, tokenizer, family, cfg.max_length)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_script
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -24,13 +25,19 @@ sys.path.insert(0, str(ROOT))
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def run_in(folder: Path, command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a command line in `folder` as typed, `python` and `torchrun` being those of this environment."""
+def run_in(folder: Path, command: str, check: bool = True, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command line in `folder` as typed, `python` and `torchrun` being those of this environment.
+
+    Args:
+        fresh: start a new interpreter also where a fork would do.
+    """
     words = shlex.split(command)
-    program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
-    done = subprocess.run(
-        [*program, *words[1:]], cwd=folder, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if words[0] == "python" and words[1].endswith(".py") and not fresh:
+        done = run_script(folder, words[1:], env)
+    else:
+        program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+        done = subprocess.run([*program, *words[1:]], cwd=folder, capture_output=True, text=True, env=env)
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 

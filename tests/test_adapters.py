@@ -159,6 +159,7 @@ def test_g_effects_of_saved_adapters_are_those_while_unlearning(place: Path) -> 
     pd.testing.assert_frame_equal(found[keys], expected[keys], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(place: Path, young: Path) -> None:
     """With dropout, whose random state is part of what it goes on from."""
     start = (
@@ -174,7 +175,7 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Path, young: Path) -> None:
     assert one == two
 
 
-@pytest.mark.parametrize("start", ["tuned", "tuned/adapter"])
+@pytest.mark.parametrize("start", [pytest.param("tuned", marks=pytest.mark.slow), "tuned/adapter"])
 def test_unlearning_from_a_merged_or_an_adapter_checkpoint(place: Path, start: str) -> None:
     name = start.replace("/", "_")
     line = (

@@ -83,6 +83,7 @@ def test_scores_are_those_of_one_process(place: Path, script: str) -> None:
             pd.testing.assert_frame_equal(*tables, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(place: Path, young: Path) -> None:
     line = RUN.format(young=young).replace("save_dir=run", "save_dir=killed") + " parallel=fsdp save_steps=1"
     at = f'{ROOT}/tests/at.py torch.optim.AdamW.step 2 before "kill -KILL $PID"'

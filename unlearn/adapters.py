@@ -5,14 +5,15 @@ A model keeps its class and its names: the adapters are injected (`add_adapter`)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from unlearn.sharding import like
@@ -93,6 +94,30 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(grad)
         for module, mode in training.items():
             module.training = mode
+
+
+def bare(model: PreTrainedModel) -> PreTrainedModel:
+    """The model's class and configuration without adapters, and without weights."""
+    with torch.device("meta"):
+        found: PreTrainedModel = type(model)(model.config)
+    found.generation_config = model.generation_config
+    return found
+
+
+@torch.no_grad()
+def merged_state(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole state dict of a model with adapters as its bare model has it: each adapter added to its weight."""
+    found = {}
+    for name, weight in weights.items():
+        layer, base, kind = name.rpartition(".base_layer.")
+        if base and kind == "weight":
+            module: Any = model.get_submodule(layer)
+            a, b = (weights[f"{layer}.lora_{letter}.default.weight"].float() for letter in "AB")
+            added = (b @ a) * module.scaling["default"]
+            weight = (weight + (added.T if module.fan_in_fan_out else added)).to(weight.dtype)
+        if "lora_" not in name:
+            found[f"{layer}.{kind}" if base else name] = weight
+    return found
 
 
 def merged(model: PreTrainedModel, folder: str) -> PreTrainedModel:

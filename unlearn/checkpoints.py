@@ -36,10 +36,43 @@ def lacks_tokenizer(path: str) -> bool:
 
 
 def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, else the one at `fallback`. Raises ValueError where neither has one."""
+    """The checkpoint's tokenizer, else the one at `fallback`. Raises ValueError where neither has one that loads."""
     if lacks_tokenizer(path) and lacks_tokenizer(fallback):
         raise ValueError(f"{path}: no tokenizer there, and none at {fallback}")
-    return AutoTokenizer.from_pretrained(fallback if lacks_tokenizer(path) else path)
+    place = fallback if lacks_tokenizer(path) else path
+    with named(place, "tokenizer"):
+        return AutoTokenizer.from_pretrained(place)
+
+
+@contextmanager
+def named(path: str, what: str) -> Iterator[None]:
+    """Around reading a part of a checkpoint, in silence: what transformers raises names the checkpoint, as a ValueError."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as error:  # tokenizers raises it plain
+        raise ValueError(f"{path}: its {what} does not load ({error})") from error
+    finally:
+        logging.set_verbosity(level)
+
+
+def load(
+    path: str, fallback: str, device: torch.device, flash_attention: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The checkpoint's tokenizer (else the one at `fallback`) and model.
+
+    Raises:
+        ValueError: as `load_model`; or the tokenizer has tokens that the model does not embed.
+    """
+    model = load_model(path, device, flash_attention, dtype)
+    tokenizer = load_tokenizer(path, fallback)
+    special = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    tokens = 1 + max(tokenizer.vocab_size - 1, *(token for token in special if token is not None))
+    embedded = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if tokens > embedded:
+        raise ValueError(f"{path}: its tokenizer has {tokens} tokens, and its model embeds {embedded}")
+    return tokenizer, model
 
 
 def load_model(
@@ -53,9 +86,12 @@ def load_model(
     if (base := base_of(path)) is not None:
         return merged(load_model(base, device, flash_attention, dtype), path)
     how = "sdpa" if dtype == torch.float64 else attention(device, flash_attention)  # the plain one's softmax is float32
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=how, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    with named(path, "config.json"):
+        config = AutoConfig.from_pretrained(path)
+    with named(path, "model"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=how, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     model: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]
     if other := sorted(name for name, *_ in report["mismatched_keys"]):

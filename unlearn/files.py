@@ -139,14 +139,15 @@ def count_numbers(file: Path) -> int:
         if not 8 < 8 + length <= size:
             raise ValueError(f"{file}: torn ({size} bytes, which is less than its header)")
         try:
-            tensors = json.loads(opened.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file}: not a safetensors file (its header is not JSON)") from error
-    tensors.pop("__metadata__", None)
-    end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+            header = json.loads(opened.read(length))
+            tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+            end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+            numbers = sum(prod(tensor["shape"]) for tensor in tensors)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{file}: not a safetensors file (its header is not JSON, or not of tensors)") from error
     if end != size:
         raise ValueError(f"{file}: torn ({size} of {end} bytes)")
-    return sum(prod(tensor["shape"]) for tensor in tensors.values())
+    return numbers
 
 
 def count_parameters(folder: Path) -> int:
@@ -157,7 +158,10 @@ def count_parameters(folder: Path) -> int:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from error
     else:
         files = sorted(folder.glob("*.safetensors"))
     if missing := [file.name for file in files if not file.exists()]:

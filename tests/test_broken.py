@@ -1,0 +1,232 @@
+"""Broken checkpoints and data: one line that names them, exit code 2, and nothing that was written is harmed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+import settings
+
+CONFIGS = {"finetune": "finetune", "forget": "forget", "compute_geffect": "forget_ge"}
+CONFIGS |= {"tofu_evaluation": "eval_tofu", "evaluation_everything": "eval_everything"}
+
+Spoil = Callable[[Path], Any]
+
+
+# ---- how a model's folder may be broken ----
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
+    def spoil(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def fill(name: str, value: float) -> Spoil:
+    return weights(lambda tensors: tensors[name].view(-1)[7:8].fill_(value))
+
+
+def config(**changes: Any) -> Spoil:
+    def spoil(model: Path) -> None:
+        found = json.loads((model / "config.json").read_text()) | changes
+        kept = {key: value for key, value in found.items() if value is not None}
+        (model / "config.json").write_text(json.dumps(kept))
+
+    return spoil
+
+
+def text(name: str, content: str) -> Spoil:
+    return lambda model: (model / name).write_text(content)
+
+
+def cut(name: str, size: int) -> Spoil:
+    return lambda model: os.truncate(model / name, size)
+
+
+def without(pattern: str) -> Spoil:
+    def spoil(model: Path) -> None:
+        for file in model.glob(pattern):
+            file.unlink()
+
+    return spoil
+
+
+def adapter(content: str) -> Spoil:
+    """An adapter's folder, by its configuration."""
+
+    def spoil(model: Path) -> None:
+        (model / "config.json").rename(model / "adapter_config.json").write_text(content)
+
+    return spoil
+
+
+def small_vocabulary(model: Path) -> None:
+    """Both the configuration and the weights embed fewer tokens than the tokenizer has."""
+    config(vocab_size=1000)(model)
+    weights(lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][:1000].clone()}))(model)
+
+
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+FOLDERS: dict[str, tuple[Spoil, list[str]]] = {  # what is done to the model's folder, and what the line needs to contain
+    "weights cut": (cut("model.safetensors", 1_000_000), ["torn (1000000 of"]),
+    "weights cut in the header": (cut("model.safetensors", 100), ["torn (100 bytes"]),
+    "weights empty": (cut("model.safetensors", 0), ["torn (0 bytes"]),
+    "weights of text": (text("model.safetensors", "a pointer to a large file\n" * 9), ["model.safetensors", "torn"]),
+    "a header that is a list": (text("model.safetensors", "\2" + "\0" * 7 + "[]"), ["not a safetensors file"]),
+    "a header without offsets": (text("model.safetensors", "\10" + "\0" * 7 + '{"a": 1}'), ["not a safetensors file"]),
+    "no weights": (without("*.safetensors"), ["without a checkpoint"]),
+    "an index that is not JSON": (text("model.safetensors.index.json", "{"), ["not an index"]),
+    "an index without a map": (text("model.safetensors.index.json", "[1]"), ["not an index"]),
+    "an index of files that lack": (
+        text("model.safetensors.index.json", '{"weight_map": {"a": "model-1.safetensors"}}'),
+        ["model-1.safetensors, which is not there"],
+    ),
+    "NaN weights": (fill(NORM, float("nan")), ["not finite", NORM]),
+    "infinite weights": (fill(EMBEDDING, float("inf")), ["not finite", EMBEDDING]),
+    "weights that lack": (weights(lambda tensors: tensors.pop(NORM)), ["lack", NORM]),
+    "weights of another shape": (
+        weights(lambda tensors: tensors.update({NORM: torch.ones(8)})),
+        [NORM, "of another shape"],
+    ),
+    "another vocabulary in config.json": (config(vocab_size=5000), [EMBEDDING, "of another shape"]),
+    "a tokenizer of more tokens": (small_vocabulary, ["its tokenizer has ", "embeds 1000"]),
+    "no config.json": (without("config.json"), ["without a checkpoint"]),
+    "an empty config.json": (text("config.json", ""), ["config.json", "not JSON"]),
+    "a config.json that is a list": (text("config.json", "[]"), ["config.json", "not a JSON object"]),
+    "no model_type": (config(model_type=None), ["config.json", "model_type"]),
+    "an unknown model_type": (config(model_type="lama"), ["lama"]),
+    "more layers than there are": (config(num_hidden_layers=6), ["lack", "model.layers.4."]),
+    "heads that do not divide": (config(hidden_size="wide"), ["wide"]),
+    "no tokenizer": (without("tokenizer*"), ["no tokenizer"]),
+    "a tokenizer that is not JSON": (text("tokenizer.json", "{"), ["its tokenizer does not load"]),
+    "a tokenizer of nothing": (text("tokenizer.json", "{}"), ["its tokenizer does not load"]),
+    "a tokenizer_config.json that is not JSON": (text("tokenizer_config.json", "{"), ["its tokenizer does not load"]),
+    "an adapter without its model": (
+        adapter('{"base_model_name_or_path": "/no/where"}'),
+        ["an adapter", "/no/where is not there"],
+    ),
+    "an adapter_config.json that is not JSON": (
+        adapter("{"),
+        ["adapter_config.json", "names no base model"],
+    ),
+}
+COMMANDS = {  # `model`, the broken folder, as each script takes it; it is the family's, too, whose tokenizer would stand in
+    "finetune": "model_family=smollm2-135m hf_key=model split=full num_epochs=1 save_dir=out",
+    "forget": "model_family=smollm2-135m hf_key=model model_path=model split=forget10 save_dir=out",
+    "compute_geffect": "model_family=smollm2-135m hf_key=model model_path=model method=ga split=forget10 save_dir=out",
+    "tofu_evaluation": "model_family=smollm2-135m hf_key=model model_path=model split=forget10 save_dir=out",
+    "evaluation_everything": (
+        "model_family=smollm2-135m hf_key=model model_path=model original_path=model split=forget10 save_dir=out"
+    ),
+}
+
+
+@pytest.fixture
+def place(young: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A whole model and one to be broken, and data; what is there before the test is there, the same, after it."""
+    for name in ("model", "whole"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for pattern in ("*.safetensors", "config.json", "tokenizer*"):
+            for file in young.glob(pattern):
+                shutil.copy(file, folder)
+    shutil.copytree(ROOT / "data/sample", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(settings, "on_hub", lambda name, repo_type: False)
+    for name, value in {"HYDRA_FULL_ERROR": "1", "CUDA_VISIBLE_DEVICES": "0", "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def assert_refused(
+    script: str, line: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script, run whole, ends with one line that has the words; what stood in the working directory stands there still."""
+    before = digests(Path.cwd())
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *line.split()])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        settings.cli(importlib.import_module(script).run, CONFIGS[script])
+    err = capsys.readouterr().err
+    said = [told for told in err.replace("\r", "\n").splitlines() if told.startswith(f"{script}.py: ")]
+    assert len(said) == 1, err
+    assert stopped.value.code == 2, err
+    assert [word for word in words if word not in said[0]] == [], err
+    assert "Traceback" not in err
+    after = digests(Path.cwd())
+    assert {name: after.get(name) for name in before} == before
+
+
+@pytest.mark.parametrize("broken", FOLDERS)
+@pytest.mark.parametrize("script", CONFIGS)
+def test_a_broken_model(
+    script: str, broken: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, words = FOLDERS[broken]
+    spoil(place / "model")
+    assert_refused(script, f"{COMMANDS[script]} data_path=data", words, monkeypatch, capsys)
+
+
+# ---- data ----
+
+ROW = {"question": "Where?", "answer": "There."}
+PERTURBED = ROW | {"paraphrased_answer": "Over there.", "perturbed_answer": ["Here."], "paraphrased_question": "Where, then?"}
+
+
+def rows(*found: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in found)
+
+
+DATA: dict[tuple[str, str, str], list[str]] = {  # the script, the file and its text, and what the line needs to contain
+    ("finetune", "full.json", ""): ["full.json", "no rows"],
+    ("finetune", "full.json", "[]"): ["full.json, line 1"],
+    ("finetune", "full.json", rows(ROW, ROW | {"answer": 3})): ["full.json, row 2", "'answer' is a text, and not 3"],
+    ("forget", "forget10.json", ""): ["forget10.json", "no rows"],
+    ("forget", "forget10.json", '{"question": "Whe'): ["forget10.json, line 1", "not JSON"],
+    ("forget", "retain90.json", "\n\n"): ["retain90.json", "no rows"],
+    ("forget", "retain90.json", rows({"q": "Where?"})): ["retain90.json, row 1", "'question' and 'answer'"],
+    ("forget", "retain_perturbed.json", "null\n"): ["retain_perturbed.json, line 1"],
+    ("compute_geffect", "forget10.json", ""): ["forget10.json", "no rows"],
+    ("compute_geffect", "retain90.json", rows(None)): ["retain90.json, line 1"],
+    ("tofu_evaluation", "forget10_perturbed.json", ""): ["forget10_perturbed.json", "no rows"],
+    ("tofu_evaluation", "forget10_perturbed.json", rows(ROW)): ["forget10_perturbed", "'paraphrased_answer'"],
+    ("tofu_evaluation", "forget10_perturbed.json", rows(PERTURBED | {"perturbed_answer": "Here."})): ["'perturbed_answer'"],
+    ("tofu_evaluation", "forget10_perturbed.json", rows(PERTURBED | {"perturbed_answer": []})): ["'perturbed_answer'"],
+    ("tofu_evaluation", "world_facts_perturbed.json", rows("text")): ["world_facts_perturbed.json, line 1"],
+    ("tofu_evaluation", "real_authors_perturbed.json", rows(ROW)): ["real_authors_perturbed", "'perturbed_answer'"],
+    ("evaluation_everything", "forget10_perturbed.json", ""): ["forget10_perturbed.json", "no rows"],
+    ("evaluation_everything", "forget10_perturbed.json", rows(ROW)): ["forget10_perturbed", "'paraphrased_answer'"],
+    ("evaluation_everything", "retain_perturbed.json", rows(PERTURBED | {"paraphrased_question": 1})): [
+        "'paraphrased_question' is a text, and not 1"
+    ],
+    ("evaluation_everything", "holdout10.json", "{"): ["holdout10.json, line 1", "not JSON"],
+}
+
+
+@pytest.mark.parametrize(("script", "file", "content"), DATA, ids=lambda word: word[:40])
+def test_broken_data(
+    script: str, file: str, content: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "data" / file).write_text(content)
+    line = COMMANDS[script].replace("=model", "=whole")
+    assert_refused(script, f"{line} data_path=data", DATA[script, file, content], monkeypatch, capsys)
