@@ -9,7 +9,6 @@ layers. Every key stands in config/forget_ge.yaml and config/common.yaml. `bashe
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,7 +184,7 @@ def measure(cfg: DictConfig, family: utils.Family) -> None:
 def check_weights(folder: Path, steps: Steps) -> None:
     """Note which weights each step is of. Raises ValueError where its tables are of others."""
     file = folder / "weights.json"
-    noted = json.loads(file.read_text()) if file.exists() else {}
+    noted = utils.read_object(file) if file.exists() else {}
     here = {str(step): utils.weights_of(path) for step, path in steps}
     if other := [step for step, weights in here.items() if noted.get(step, weights) != weights]:
         raise ValueError(
@@ -295,10 +294,12 @@ def trained_on(cfg: DictConfig) -> DictConfig:
 def learning_rates(run: Path | None) -> dict[int, float]:
     """Each training step's, from the run's log."""
     file = None if run is None else run / "logs" / "train.jsonl"
-    if file is None or not file.exists():
+    if file is None or not file.exists() or not file.stat().st_size:
         return {}
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return {line["step"]: line["learning_rate"] for line in lines}
+    try:
+        return {line["step"]: line["learning_rate"] for line in utils.read_jsonl(file)}
+    except KeyError as error:
+        raise ValueError(f"{file}: a line lacks {error}") from error
 
 
 def print_groups(store: TableFolder, step: int) -> None:

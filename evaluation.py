@@ -214,11 +214,11 @@ class Progress:
         self.record_file = target.folder / f"{name}.yaml"
         utils.check_run(target.folder, cfg, MAY_DIFFER | may_differ, self.record_file.name)
         self.record = utils.record_of(cfg) | {"weights": {path: utils.weights_of(path) for path in weights}}
-        before = yaml.safe_load(self.record_file.read_text()) if self.record_file.exists() else {}
+        before = utils.read_record(self.record_file) if self.record_file.exists() else {}
         self.fresh = before.get("weights") != self.record["weights"]
         self.finished = not self.fresh and before.get("finished") is True
         self.same = not self.fresh and _what_counts(before["settings"]) == _what_counts(self.record["settings"])
-        self.found = {} if self.fresh else {file.stem: json.loads(file.read_text()) for file in self.resume.glob("*.json")}
+        self.found = {} if self.fresh else {file.stem: utils.read_json(file) for file in self.resume.glob("*.json")}
         _together()  # all have read before one writes
         if utils.is_main_process():
             if self.fresh:
@@ -266,7 +266,7 @@ def _together() -> None:
 def write_scores(target: Target, sections: dict[str, Any]) -> None:
     """Put these sections into the folder's scores.json; what another script wrote there stays."""
     file = target.folder / "scores.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = utils.read_object(file) if file.exists() else {}
     for shared in ("definitions", "from"):
         sections[shared] = before.get(shared, {}) | sections[shared]
     utils.write_json(file, no_nan(before | sections))

@@ -43,6 +43,7 @@ from utils import (
     load_families,
     load_family,
     read_jsonl,
+    read_object,
     why_no_checkpoint,
 )
 
@@ -571,8 +572,7 @@ def model_config(path: str) -> dict[str, Any] | None:
         if not isinstance(cached, str):
             return None
         file = Path(cached)
-    config: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
-    return config
+    return read_object(file) if file.exists() else None
 
 
 def check_layer(model_path: str, layer: int) -> None:

@@ -144,7 +144,7 @@ def retain_log(cfg: DictConfig, target: evaluation.Target, measure: Callable[...
     if cfg.retain_path is None:
         return None
     file, weights = target.folder / "retain_model.json", utils.weights_of(cfg.retain_path)
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = utils.read_object(file) if file.exists() else {}
     if found.get("weights") != weights:
         log = {"eval_log_forget.json": measure(cfg.retain_path, "forget", answers=False)}
         found = {"model": cfg.retain_path, "weights": weights, "log": log}
@@ -159,7 +159,9 @@ def evaluate(cfg: DictConfig, target: evaluation.Target, sets: list[str], measur
     progress = evaluation.Progress(cfg, target, "tofu_evaluation", MAY_DIFFER, [target.path])
     log_file = target.folder / "eval_log_aggregated.json"
     if progress.finished and log_file.exists():
-        log = json.loads(log_file.read_text())
+        log = utils.read_object(log_file)
+        if lacking := [tofu.TASKS[name][0] for name in sets if tofu.TASKS[name][0] not in log]:
+            raise ValueError(f"{log_file}: lacks {', '.join(lacking)}; remove it to have it measured again")
     else:
         names = [name for name in tofu.TASKS if name in sets]
         log = {tofu.TASKS[name][0]: progress.part(name, functools.partial(measure, target.path, name)) for name in names}

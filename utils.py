@@ -198,7 +198,9 @@ def check_run(
     """Raises ValueError where the folder holds a run of other settings: which ones, and both values."""
     file = folder / name
     if file.exists():
-        before, now = flatten(yaml.safe_load(file.read_text())["settings"]), flatten(run_settings(cfg))
+        if not isinstance(there := read_record(file).get("settings"), dict):
+            raise ValueError(f"{file}: holds no run's settings; mend it, or remove what it was written beside")
+        before, now = flatten(there), flatten(run_settings(cfg))
         differ = [key for key in now if key not in PLACES | may_differ and before.get(key, now[key]) != now[key]]
         if differ:
             listed = "; ".join(f"{key}={before.get(key)} there, {now[key]} here" for key in differ)
@@ -219,10 +221,19 @@ def record_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The settings in a run folder's config.yaml; none where there is none."""
+    """The settings in a run folder's config.yaml; none where there is none. Raises ValueError where it is not YAML."""
     file = folder / "config.yaml"
-    record = yaml.safe_load(file.read_text()) if file.exists() else None
-    return record["settings"] if isinstance(record, dict) and "settings" in record else {}
+    there = read_record(file).get("settings") if file.exists() else None
+    return there if isinstance(there, dict) else {}
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What `record_of` gave, from a file; nothing where it is of something else. Raises ValueError where it is not YAML."""
+    try:
+        record = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not YAML ({error})") from error
+    return record if isinstance(record, dict) else {}
 
 
 def run_of(path: str | None) -> Path | None:
@@ -348,12 +359,17 @@ def default_holdout(retain_rows: int) -> int:
     return min(400, max(1, retain_rows // 5))
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON file's object. Raises ValueError where it holds none."""
+def read_json(file: Path) -> Any:
+    """A JSON file's value. Raises ValueError where it holds none."""
     try:
-        found = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises ValueError where it holds none."""
+    found = read_json(file)
     if not isinstance(found, dict):
         raise ValueError(f"{file}: not a JSON object ({found!r:.40})")
     return found

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_in
 from safetensors.torch import load_file, save_file
 
 import settings
@@ -230,3 +230,64 @@ def test_broken_data(
     (place / "data" / file).write_text(content)
     line = COMMANDS[script].replace("=model", "=whole")
     assert_refused(script, f"{line} data_path=data", DATA[script, file, content], monkeypatch, capsys)
+
+
+# ---- what a run and its measurements have left ----
+
+LEFT: dict[tuple[str, str, str], list[str]] = {  # the script started again, a file of the run and its text
+    **{
+        (script, "config.yaml", "{"): ["run/config.yaml", "not YAML"]
+        for script in ("forget", "compute_geffect", "tofu_evaluation", "evaluation_everything")
+    },
+    ("forget", "config.yaml", ""): ["run/config.yaml", "holds no run's settings"],
+    ("forget", "config.yaml", "- 1\n"): ["run/config.yaml", "holds no run's settings"],
+    ("forget", "config.yaml", "settings: 3\n"): ["run/config.yaml", "holds no run's settings"],
+    ("compute_geffect", "config.yaml", "settings: 3\n"): ["method is missing"],
+    ("tofu_evaluation", "config.yaml", "[]"): ["model_family is missing", "run is of no run"],
+    ("compute_geffect", "logs/train.jsonl", "garbage\n"): ["train.jsonl, line 1", "not JSON"],
+    ("compute_geffect", "logs/train.jsonl", '{"step": 1}\n'): ["train.jsonl", "lacks 'learning_rate'"],
+    ("compute_geffect", "geffect/steps.csv", ""): ["steps.csv", "not a table"],
+    ("compute_geffect", "geffect/steps.csv", "garbage\n"): ["steps.csv", "no column step"],
+    ("compute_geffect", "geffect/instances.csv", "step,risk\none,two\n"): ["instances.csv", "no column step"],
+    ("compute_geffect", "geffect/config.yaml", "settings"): ["geffect/config.yaml", "holds no run's settings"],
+    ("compute_geffect", "geffect/weights.json", ""): ["weights.json", "not JSON"],
+    ("compute_geffect", "geffect/weights.json", "[1]"): ["weights.json", "not a JSON object"],
+    ("tofu_evaluation", "scores.csv", ""): ["scores.csv", "not a table of scores"],
+    ("tofu_evaluation", "scores.csv", "garbage\n"): ["scores.csv", "not a table of scores"],
+    ("tofu_evaluation", "checkpoint-1/eval_results/ds_size3/scores.json", "{"): ["scores.json", "not JSON"],
+    ("tofu_evaluation", "checkpoint-1/eval_results/ds_size3/eval_log_aggregated.json", "[]"): ["not a JSON object"],
+    ("tofu_evaluation", "checkpoint-1/eval_results/ds_size3/eval_log_aggregated.json", "{}"): ["lacks eval_log.json"],
+    ("tofu_evaluation", "checkpoint-1/eval_results/ds_size3/tofu_evaluation.yaml", ""): ["holds no run's settings"],
+}
+AGAIN = {
+    "forget": "model_family=tiny model_path=whole split=forget05 num_epochs=1 save_dir=run",
+    "compute_geffect": "model_path_cur=run",
+    "tofu_evaluation": "model_path=run ds_size=3",
+    "evaluation_everything": "model_path=run/checkpoint-1 retain_holdout=4 control=false",
+}
+
+
+@pytest.fixture(scope="module")
+def run(young: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, measured and scored, beside the model that it is of."""
+    folder = tmp_path_factory.mktemp("left")
+    (folder / "whole").symlink_to(young)
+    for script in ("forget", "compute_geffect", "tofu_evaluation"):
+        run_in(folder, f"python {ROOT}/{script}.py {AGAIN[script]}")
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("script", "file", "content"), LEFT)
+def test_a_run_with_a_broken_file(
+    script: str,
+    file: str,
+    content: str,
+    run: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(run, place / "run")
+    assert (place / "run" / file).exists()
+    (place / "run" / file).write_text(content)
+    assert_refused(script, AGAIN[script], LEFT[script, file, content], monkeypatch, capsys)

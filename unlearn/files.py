@@ -24,11 +24,19 @@ def write_whole(file: Path, text: str) -> None:
 
 @contextmanager
 def written_beside(file: Path) -> Iterator[Path]:
-    """A file to write, renamed into place at the end; what stood there stays until then."""
+    """A file to write, renamed into place at the end; what stood there stays until then, and stays if writing fails.
+
+    Raises:
+        OSError: it could not be written; names the file, which a full disk's own error does not.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.tmp")
-    yield beside
-    beside.replace(file)
+    try:
+        yield beside
+        beside.replace(file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)  # a full disk needs the room
+        raise OSError(f"{file} could not be written: {error.strerror or error}") from error
 
 
 @contextmanager

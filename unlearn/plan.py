@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 HALF, FULL = 2, 4  # bytes of a number
 MEASURED_ROWS = 16  # a batch of what is not trained
-FRAGMENTS, OF_ADAPTERS = 1.15, 1.2  # what a CPU's allocator holds beside what is in use; small tensors leave more holes
+FRAGMENTS = 1.08  # what a CPU's allocator holds beside what is in use
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def training(shape: Shape, work: Work) -> Need:
     if work.reference:
         memory["logits of the reference"] = logits(shape, work.rows * work.labels, 5, work.bf16)
     disk = {"checkpoints": float(work.checkpoints * work.saved * p), "to go on from": 2 * (FULL + work.optimizer) * p}
-    return Need("training", memory, disk, 1 if work.gpu else OF_ADAPTERS if work.lora else FRAGMENTS)
+    return Need("training", memory, disk, 1 if work.gpu else FRAGMENTS)
 
 
 def measuring(shape: Shape, work: Work, optimizer: bool) -> Need:

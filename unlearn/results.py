@@ -17,9 +17,16 @@ from unlearn.rows import Row
 
 
 def add_row(file: Path, step: int, values: Mapping[str, Any]) -> None:
-    """Put the scores into the step's row of the CSV; those that it has already and are not given stay."""
-    table = pd.read_csv(file, float_precision="round_trip").set_index("step") if file.exists() else pd.DataFrame()
-    rows = {int(at): dict(row) for at, row in table.astype(object).iterrows()}
+    """Put the scores into the step's row of the CSV; those that it has already and are not given stay.
+
+    Raises:
+        ValueError: the file is there, and not such a table.
+    """
+    try:
+        table = pd.read_csv(file, float_precision="round_trip").set_index("step") if file.exists() else pd.DataFrame()
+        rows = {int(at): dict(row) for at, row in table.astype(object).iterrows()}
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file}: not a table of scores by step ({error})") from error
     rows[step] = rows.get(step, {}) | dict(values)
     table = pd.DataFrame.from_dict(dict(sorted(rows.items())), orient="index").rename_axis("step")
     write_whole(file, table.to_csv(lineterminator="\n"))

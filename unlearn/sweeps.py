@@ -37,7 +37,10 @@ def line_of(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(setting.split("=", 1) for setting in record["settings"] if "=" in setting)
     line = {"job": number} | settings | {name: record[name] for name in ("status", "folder", "error")}
     if record["status"] == DONE and record["folder"] is not None:
-        line |= numbers_of(Path(record["folder"]))
+        try:
+            line |= numbers_of(Path(record["folder"]))
+        except (ValueError, KeyError, IndexError, TypeError) as error:  # a table that something else has written over
+            line["error"] = f"its numbers are not readable ({error!r})"
     return line
 
 

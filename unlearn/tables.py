@@ -90,8 +90,12 @@ def read(file: Path) -> pd.DataFrame:
     """A table as it was written, the numbers to the last bit. Raises ValueError where the file is none."""
     try:
         if file.suffix == ".parquet":
-            return pd.read_parquet(file)
-        return pd.read_csv(file, dtype={"layer": str, "row": str, "method": str}, float_precision="round_trip")
+            table = pd.read_parquet(file)
+        else:
+            table = pd.read_csv(file, dtype={"layer": str, "row": str, "method": str}, float_precision="round_trip")
+        if "step" not in table or not pd.api.types.is_integer_dtype(table["step"]):
+            raise ValueError("it has no column step of whole numbers")
+        return table
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}: not a table ({error})") from error
 

@@ -239,7 +239,11 @@ class StepLog(TrainerCallback):
         if state.is_world_process_zero:
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
             whole = (line for line in lines if line.endswith("\n"))  # a killed run's last one may not be
-            write_whole(self.path, "".join(line for line in whole if json.loads(line)["step"] <= state.global_step))
+            try:
+                kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}: a line of it is no step's ({error})") from error
+            write_whole(self.path, "".join(kept))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
