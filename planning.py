@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +125,9 @@ def longest_row(cfg: DictConfig, family: utils.Family) -> int:
     files = [Path(utils.find_path(family.data_path), f"{name}.json") for name in names if name]
     given = [Path(file) for file in (cfg.forget_data, cfg.retain_data) if file]
     lengths = [
-        len(row["question"]) + len(row["answer"]) + PROMPT
+        len(str(row.get("question"))) + len(str(row.get("answer"))) + PROMPT
         for file in given or files
         if file.exists()
-        for row in map(json.loads, filter(str.strip, file.read_text().splitlines()))
+        for row in utils.read_jsonl(file)
     ]
     return min(cfg.get("max_length") or 500, round(max(lengths) / CHARACTERS) if lengths else LONGEST)

@@ -121,14 +121,14 @@ def test_local_files_in_place_of_tofu(place: Path) -> None:
 
 def test_a_run_of_one_step_moves(place: Path) -> None:
     """forget01 of the sample is one step: no warm-up from a learning rate of 0 then."""
-    run_in(place, "python basher1.py ga --model=tiny --setting=forget01")
+    run_in(place, "python forget.py model_family=tiny split=forget01 method=ga")
     losses = json.loads((place / "icml/tiny/ga_0.0008_forget01_5_0.0_None/logs/losses.json").read_text())
     assert losses["steps"] == 1
     assert losses["forget"]["end"] > losses["forget"]["start"] + 0.01
 
 
 def test_save_dtype(place: Path) -> None:
-    run_in(place, "python basher1.py ga --model=tiny --setting=forget05 num_epochs=1 save_dtype=bfloat16 save_dir=run")
+    run_in(place, "python forget.py model_family=tiny split=forget05 method=ga num_epochs=1 save_dtype=bfloat16 save_dir=run")
     assert json.loads((place / "run/checkpoint-1/config.json").read_text())["dtype"] == "bfloat16"
     size = (place / "run/checkpoint-1/model.safetensors").stat().st_size
     assert size < 0.6 * (place / "data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0/model.safetensors").stat().st_size
@@ -136,5 +136,5 @@ def test_save_dtype(place: Path) -> None:
 
 @pytest.mark.parametrize("setting", ["gradient_checkpointing=true", "dtype=bfloat16", "optim=adamw_torch", "max_grad_norm=1"])
 def test_training_settings(place: Path, setting: str) -> None:
-    run_in(place, f"python basher1.py npo_kl --model=tiny --setting=forget05 num_epochs=1 save_dir=run {setting}")
+    run_in(place, f"python forget.py model_family=tiny split=forget05 method=npo retain=kl num_epochs=1 save_dir=run {setting}")
     assert_loads(place / "run/checkpoint-1")

@@ -69,7 +69,7 @@ def test_the_log_has_the_loss_and_its_parts(cuts: dict[str, Path]) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing(young: Path, tmp_path: Path) -> None:
-    base = f"python {ROOT}/basher1.py npo --model=tiny --setting=forget05 model_path={young} num_epochs=2"
+    base = f"python {ROOT}/forget.py model_family=tiny split=forget05 method=npo model_path={young} num_epochs=2"
     for name in ("true", "false"):
         run_in(tmp_path, f"{base} gradient_checkpointing={name} save_dir=run_{name}")
     plain, checkpointed = (load_file(tmp_path / f"run_{name}/checkpoint-2/model.safetensors") for name in ("false", "true"))
@@ -80,7 +80,7 @@ def test_tensorboard_gets_what_the_log_has(young: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = f"model_path={young} num_epochs=2 save_dir=run logger=tensorboard"
-    run_in(tmp_path, f"python {ROOT}/basher1.py npo_kl --model=tiny --setting=forget05 {settings}")
+    run_in(tmp_path, f"python {ROOT}/forget.py model_family=tiny split=forget05 method=npo retain=kl {settings}")
     lines = [json.loads(line) for line in (tmp_path / "run/logs/train.jsonl").open()]
     events = EventAccumulator(str(tmp_path / "run/logs")).Reload()
     for name in ("loss", "objective", "retain", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gib"):
@@ -91,7 +91,7 @@ def test_tensorboard_gets_what_the_log_has(young: Path, tmp_path: Path) -> None:
 
 def test_keep_last_keeps_the_newest(young: Path, tmp_path: Path) -> None:
     """Its end is that of a run that keeps all, and started again it lacks nothing."""
-    base = f"python {ROOT}/basher1.py ga --model=tiny --setting=forget05 model_path={young} num_epochs=4 save_steps=1"
+    base = f"python {ROOT}/forget.py model_family=tiny split=forget05 method=ga model_path={young} num_epochs=4 save_steps=1"
     run_in(tmp_path, f"{base} save_dir=all")
     run_in(tmp_path, f"{base} save_dir=two keep_last=2")
     there = sorted(folder.name for folder in (tmp_path / "two").glob("checkpoint-*"))

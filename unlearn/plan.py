@@ -177,7 +177,7 @@ def measuring(shape: Shape, work: Work, optimizer: bool) -> Need:
         memory["directions V"] = 2.0 * work.directions * p / work.shards
     if work.norms or work.directions == HALF or work.offload:
         memory["sum in float32"] = FULL * p / work.shards
-    memory["gradient of a tensor"] = float(work.weight * max(shape.vocabulary * shape.hidden, 1))
+    memory["gradient of a tensor"] = float(work.weight * shape.vocabulary * shape.hidden)
     memory["activations"] = activations(shape, work, MEASURED_ROWS * work.tokens, work.tokens)
     memory["logits"] = logits(shape, MEASURED_ROWS * work.labels, 3, work.bf16)
     return Need("G-effects", memory, {}, 1 if work.gpu else FRAGMENTS)
