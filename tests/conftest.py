@@ -81,6 +81,17 @@ def lifted(function: Callable[..., Any]) -> Callable[..., Any]:
     return keep
 
 
+def doubled(model: Any) -> Any:
+    """The model in float64, but for its rotary frequencies, which transformers multiplies with float32 positions."""
+    import torch
+
+    model.double()
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.data = buffer.data.type(torch.float32)  # `float` is lifted in such tests
+    return model
+
+
 @pytest.fixture(scope="module")
 def float64_throughout() -> Iterator[None]:
     """transformers' norms, softmax and routers drop to float32 inside a float64 model: here they don't, in any model."""

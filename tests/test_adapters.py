@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, make_workplace, run_in
+from conftest import ROOT, doubled, make_workplace, run_in
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedModel
 
 from unlearn.adapters import LoRA, adapters_off, add_lora
@@ -45,12 +45,12 @@ def rows_of(n: int, seed: int) -> list[dict[str, torch.Tensor]]:
 def adapted(name: str, trained: bool = True) -> PreTrainedModel:
     """A float64 model with adapters, B no longer zero where `trained`."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa").double()
+    model = doubled(AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa"))
     add_lora(model, LoRA(r=4, alpha=8, dropout=0.1), 0, "nowhere")
     for parameter in trainable(model).values():
         if trained:
             torch.nn.init.normal_(parameter, std=0.1)
-    return model.double()
+    return doubled(model)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

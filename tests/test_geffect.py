@@ -24,7 +24,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_in
+from conftest import ROOT, doubled, run_in
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -63,7 +63,7 @@ def build(kind: str, attention: str | None = "sdpa", **changes: Any) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind.split(",")[0], **CONFIGS.get(kind, {}) | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    return model.double().eval()
+    return doubled(model).eval()
 
 
 def shake(model: nn.Module, by: float = 0.05) -> None:
@@ -220,7 +220,7 @@ def slow_of(model: Any) -> Slow:
     if model.config.tie_word_embeddings:
         config = copy.deepcopy(model.config)
         config.tie_word_embeddings = False
-        twin = AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation).double().eval()
+        twin = doubled(AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation)).eval()
         twin.load_state_dict(model.state_dict())
     parameters = dict(twin.named_parameters())
     v = [slow_risk(twin, parameters, rows) for rows in RISK_ROWS.values()]
