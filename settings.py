@@ -272,12 +272,13 @@ def hint(name: str) -> str:
 # ---- what a setting may be ----
 
 
-def _number(low: float, strict: bool = False, whole: bool = False) -> tuple[Callable[[Any], bool], str]:
+def _number(low: float, strict: bool = False, whole: bool = False, high: float = math.inf) -> tuple[Callable[[Any], bool], str]:
     def fits(x: Any) -> bool:
         kind = isinstance(x, int) if whole else isinstance(x, int | float) and math.isfinite(x)
-        return kind and not isinstance(x, bool) and (x > low if strict else x >= low)
+        return kind and not isinstance(x, bool) and (x > low if strict else x >= low) and x <= high
 
     bound = "" if low == -math.inf else f" {'above' if strict else 'of at least'} {low:g}"
+    bound += "" if high == math.inf else f" and at most {high}"
     return fits, f"a {'whole ' if whole else ''}number{bound}"
 
 
@@ -306,7 +307,7 @@ OPTIMIZERS = {
 BOOL = (lambda x: isinstance(x, bool), "true or false")
 LIST = (lambda x: isinstance(x, Sequence) and not isinstance(x, str), "a list, [A,B,...]")
 VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": _number(0, whole=True),
+    "seed": _number(0, whole=True, high=2**32 - 1),
     "batch_size": _number(1, whole=True),
     "gradient_accumulation_steps": _number(1, whole=True),
     "lr": _number(0, strict=True),
@@ -329,8 +330,8 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "generation.max_new_tokens": _number(1, whole=True),
     "truth_ratio": _one_of("geometric", "arithmetic"),
     "epsilon": _number(0),
-    "ps_p": _number(0),
-    "min_k": _number(0, strict=True),
+    "ps_p": _number(0, high=1),
+    "min_k": _number(0, strict=True, high=1),
     "similar": BOOL,
     "control": BOOL,
     "eval.every": _number(0, whole=True),
@@ -389,6 +390,10 @@ def check_values(cfg: DictConfig, config_name: str) -> None:
 def check_against(cfg: DictConfig, defaults: DictConfig, config_name: str) -> None:
     """Raises ValueError as `check_values` does, the defaults being given."""
     known = flatten(defaults)
+    for group in {key.partition(".")[0] for key in known if "." in key} & set(cfg.keys()):
+        if not OmegaConf.is_dict(cfg[group]):
+            inside = ", ".join(key for key in known if key.startswith(f"{group}."))
+            raise ValueError(f"{group}={cfg[group]}: is a group of settings, {inside}")
     if missing := [key for key in known if key not in flatten(cfg)]:
         lacks = dict.fromkeys(key.partition(".")[0] for key in missing)
         raise ValueError(f"the configuration lacks {', '.join(lacks)}: is --config-name={config_name} meant?")
@@ -416,6 +421,8 @@ def prepare(cfg: DictConfig, config_name: str) -> Family:
     family = load_family(
         cfg.model_family, hf_key=cfg.hf_key, data_path=cfg.data_path, loss_on_answer_tag=cfg.loss_on_answer_tag
     )
+    if cfg.get("save_dir") == "":
+        cfg.save_dir = None
     check_values(cfg, config_name)
     cfg.model_family, cfg.hf_key, cfg.data_path = family.name, find_path(family.hf_key), find_path(family.data_path)
     if family.from_scratch and not Path(cfg.hf_key, "config.json").exists():

@@ -37,6 +37,7 @@ RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain
 TRAIN_SPLITS = ("full", *RETAIN_OF.values())
 
 HUB_TOFU = "locuslab/TOFU"
+MOST_STEPS = 10_000_000  # whose rows are drawn before the first
 
 # Keys whose value leaves the weights alone, or stands in a run folder's name already, or is a path.
 UNNAMED = {
@@ -450,6 +451,10 @@ def count_steps(cfg: DictConfig, rows: int) -> tuple[int, int]:
     """The run's optimiser steps, floor(epochs x rows / rows a step), and those of one epoch, at least 1."""
     size = cfg.batch_size * cfg.gradient_accumulation_steps * processes()
     steps = math.floor(cfg.num_epochs * rows / size)
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"num_epochs={cfg.num_epochs} of {rows} rows are {steps} steps, and at most {MOST_STEPS} can be planned"
+        )
     if steps == 0:
         raise ValueError(
             f"num_epochs={cfg.num_epochs} of {rows} rows are no whole step of {size} rows (batch_size={cfg.batch_size}"

@@ -198,6 +198,7 @@ def test_unlearning_from_a_merged_or_an_adapter_checkpoint(place: Path, start: s
         ("forget.py model_family=tiny model_path=orphan", ["model_path=orphan", "an adapter, and its model /nowhere"]),
         ("forget.py model_family=tiny model_path=tuned LoRA.r=-1", ["LoRA.r=-1", "whole number of at least 0"]),
         ("forget.py model_family=tiny model_path=tuned LoRA.r=2.5", ["LoRA.r=2.5", "whole number of at least 0"]),
+        ("forget.py model_family=tiny model_path=tuned LoRA.r=100000", ["LoRA.r=100000", "rank 192 at most"]),
         ("forget.py model_family=tiny model_path=tuned LoRA.dropout=1", ["LoRA.dropout=1", "below 1"]),
         ("forget.py model_family=tiny model_path=tuned LoRA.rank=8", ["LoRA.rank", "r, alpha, dropout"]),
         ("forget.py model_family=tiny model_path=nameless", ["nameless", "names no base model"]),

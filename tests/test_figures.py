@@ -315,11 +315,11 @@ def test_a_figure_that_cannot_be_written_leaves_what_was_there(tmp_path: Path, m
     write(tmp_path, {"steps.csv": make_tables()["steps.csv"]})
     before = {file: file.read_bytes() for file in figures.draw(tmp_path)}
 
-    def fail(self: Figure, file: Path, **_: object) -> None:
-        file.write_bytes(b"half")
+    def fail(file: Path, data: bytes) -> None:
+        file.write_text("half")
         raise OSError("no room")
 
-    monkeypatch.setattr(Figure, "savefig", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="no room"):
         figures.draw(tmp_path)
     assert {file: file.read_bytes() for file in (tmp_path / "figures").iterdir()} == before

@@ -653,7 +653,7 @@ def test_precision(kind: str, dtype: torch.dtype, rel: float) -> None:
     """Of the weights in use: the same rounded weights in float64 give the numbers to compare with."""
     model, reference = pair(kind)
     low = copy.deepcopy(model)._apply(lambda x: x.type(dtype) if x.is_floating_point() else x)
-    exact = copy.deepcopy(low)._apply(lambda x: x.double() if x.is_floating_point() else x)
+    exact = doubled(copy.deepcopy(low))
     target = target_of("wga", reference, "gd")
     want = meter_of(exact, target).measure()
     got = meter_of(low, target).measure()

@@ -36,8 +36,15 @@ def add_lora(model: PreTrainedModel, lora: LoRA, seed: int, base: str) -> None:
 
     Args:
         base: the folder or hub name that the model is loaded from when an adapter is; noted in the adapters' files.
+
+    Raises:
+        ValueError: r is above the rank of any weight.
     """
     from peft import LoraConfig
+
+    rank = max(min(weight.shape) for weight in model.parameters() if weight.ndim == 2)
+    if lora.r > rank:
+        raise ValueError(f"LoRA.r={lora.r}: the model's weights have rank {rank} at most")
 
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM"

@@ -52,7 +52,7 @@ def named(path: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tokenizers raises it plain
-        raise ValueError(f"{path}: its {what} does not load ({error})") from error
+        raise ValueError(f"{path}: its {what} does not load ({error!s:.300})") from error
     finally:
         logging.set_verbosity(level)
 

@@ -23,6 +23,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from math import ceil, floor, inf, isfinite, log10
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -40,6 +41,8 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from pandas import DataFrame
+
+from unlearn.files import written_beside
 
 
 class Columns(NamedTuple):
@@ -133,15 +136,13 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("pdf", "png")]
     for file in files:
-        beside = file.with_name(f".{file.name}.tmp")
         metadata = {"CreationDate": None} if file.suffix == ".pdf" else None
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph .* missing from")  # a method's name may hold anything
-                figure.savefig(beside, format=file.suffix[1:], dpi=DPI, metadata=metadata)
-            beside.replace(file)
-        finally:
-            beside.unlink(missing_ok=True)
+        drawn = BytesIO()  # on a full disk matplotlib's own writing ends in an error of another kind
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # a method's name may hold anything
+            figure.savefig(drawn, format=file.suffix[1:], dpi=DPI, metadata=metadata)
+        with written_beside(file) as beside:
+            beside.write_bytes(drawn.getvalue())
     return files
 
 
@@ -686,6 +687,9 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"unlearn.figures: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"unlearn.figures: {error}", file=sys.stderr)
+        return 1
     print(*files, sep="\n")
     return 0
 
