@@ -147,6 +147,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
 
 def run(cfg: DictConfig) -> None:
     if cfg.get("plan"):
+        inherit(cfg, utils.run_of(cfg.model_path_cur))
         return planning.tell(cfg, "forget_ge")
     family = prepare(cfg)
     with utils.alone(Path(cfg.save_dir, "geffect")):

@@ -89,6 +89,8 @@ def no_holdout(cfg: DictConfig) -> str | None:
 
 def run(cfg: DictConfig) -> None:
     if cfg.get("plan"):
+        if cfg.model_path:
+            evaluation.inherit(cfg)
         return planning.tell(cfg, "eval_everything")
     family = prepare(cfg)
     models = evaluation.Models(cfg, family, keep=cfg.control)

@@ -24,7 +24,7 @@ def tell(cfg: DictConfig, config_name: str) -> None:
     from unlearn import plan
 
     shards = cfg.plan
-    family = settings.prepare(cfg, config_name) if config_name in ("finetune", "forget") else family_of(cfg)
+    family = settings.prepare(cfg, config_name)
     shape = plan.shape_of(model_config(cfg, family))
     work = work_of(cfg, config_name, family, shards)
     if config_name in ("finetune", "forget"):
@@ -37,10 +37,6 @@ def tell(cfg: DictConfig, config_name: str) -> None:
         needs = [plan.scoring(shape, work, models=3 if cfg.get("control") else 1)]
     print(f"{family.name}: {shape.parameters:,} parameters, {shards} x {'GPU' if work.gpu else 'CPU'}, parallel={cfg.parallel}")
     print(plan.table(needs))
-
-
-def family_of(cfg: DictConfig) -> utils.Family:
-    return utils.load_family(cfg.model_family, hf_key=cfg.hf_key, data_path=cfg.data_path)
 
 
 def model_config(cfg: DictConfig, family: utils.Family) -> Any:
@@ -92,6 +88,7 @@ def work_of(cfg: DictConfig, config_name: str, family: utils.Family, shards: int
         shards=shards if cfg.parallel == "fsdp" else 1,
         gpu=gpu,
         checkpoints=checkpoints(cfg, config_name),
+        merged=config_name == "finetune",
         saved=settings.BYTES[cfg.get("save_dtype", "float32")],
         directions=weight if measured else 0,
         norms=bool(cfg.geffect.get("norms", cfg.get("norms", True))) if "geffect" in cfg else True,

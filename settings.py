@@ -643,6 +643,8 @@ def check_rows(file: str | Path, key: str = "data_path", also: Sequence[str] = (
             raise ValueError(f"{key}={file}, row {number}: needs {' and '.join(map(repr, missing))}, and has {kinds}")
         for name in {*needed, *OF_ROWS} & row.keys():
             texts, what = (row[name], "a list of texts") if name == "perturbed_answer" else ([row[name]], "a text")
+            if any(isinstance(x, str) and re.search("[\ud800-\udfff]", x) for x in texts):
+                raise ValueError(f"{key}={file}, row {number}: {name!r} holds half a surrogate pair, which is no text")
             if row[name] is not None and not (isinstance(texts, list) and texts and all(isinstance(x, str) for x in texts)):
                 raise ValueError(f"{key}={file}, row {number}: {name!r} is {what}, and not {row[name]!r:.60}")
     return len(rows)

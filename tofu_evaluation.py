@@ -82,6 +82,8 @@ def check_questions(cfg: DictConfig, rows: list[dict[str, Any]]) -> None:
 
 def run(cfg: DictConfig) -> None:
     if cfg.get("plan"):
+        if cfg.model_path:
+            evaluation.inherit(cfg)
         return planning.tell(cfg, "eval_tofu")
     if "ckpt_result" in cfg:
         return aggregate_logs(cfg)

@@ -201,6 +201,7 @@ DATA: dict[tuple[str, str, str], list[str]] = {  # the script, the file and its 
     ("finetune", "full.json", ""): ["full.json", "no rows"],
     ("finetune", "full.json", "[]"): ["full.json, line 1"],
     ("finetune", "full.json", rows(ROW, ROW | {"answer": 3})): ["full.json, row 2", "'answer' is a text, and not 3"],
+    ("forget", "forget10.json", '{"question": "Who \\ud800?", "answer": "He."}\n'): ["row 1", "half a surrogate pair"],
     ("forget", "forget10.json", ""): ["forget10.json", "no rows"],
     ("forget", "forget10.json", '{"question": "Whe'): ["forget10.json, line 1", "not JSON"],
     ("forget", "retain90.json", "\n\n"): ["retain90.json", "no rows"],

@@ -77,6 +77,10 @@ def test_a_plan_runs_nothing(tmp_path: Path, line: str) -> None:
     [
         ("forget.py model_family=lama plan=1", ["lama", "smollm2-135m"]),
         ("finetune.py model_family=phi plan=-1", ["plan=-1", "whole number of at least 0"]),
+        ("tofu_evaluation.py model_family=phi plan=x", ["plan=x", "whole number of at least 0"]),
+        ("evaluation_everything.py model_family=phi plan=-2 parallel=fsdp", ["plan=-2", "whole number of at least 0"]),
+        ("compute_geffect.py model_family=phi method=ga plan=x", ["plan=x", "whole number of at least 0"]),
+        ("compute_geffect.py method=ga plan=1", ["model_family is missing", "phi"]),
         ("finetune.py model_family=phi plan=two", ["plan=two", "whole number of at least 0"]),
         ("finetune.py model_family=phi plan=1 plan_for=tpu", ["plan_for=tpu", "gpu, cpu"]),
         ("finetune.py model_family=phi plan=1 optim=foo", ["optim=foo", "adamw_8bit"]),

@@ -67,7 +67,7 @@ class Work:
         rows: of a micro-batch, a process; with a retain term there are as many retain rows beside.
         tokens, labels: of a long row.
         optimizer: bytes of state a trained parameter, for float32 weights.
-        checkpoints: how many the run leaves; `saved`: bytes a number in them.
+        checkpoints: how many the run leaves; `saved`: bytes a number in them; `merged`: with adapters also the whole model.
         directions: bytes a number of V, 0 where no G-effect is measured; `offload`: V in CPU memory.
     """
 
@@ -85,6 +85,7 @@ class Work:
     gpu: bool = True
     checkpoints: int = 1
     saved: int = FULL
+    merged: bool = False
     directions: int = 0
     norms: bool = True
     offload: bool = False
@@ -164,6 +165,8 @@ def training(shape: Shape, work: Work) -> Need:
     if work.reference:
         memory["logits of the reference"] = logits(shape, work.rows * work.labels, 5, work.bf16)
     disk = {"checkpoints": float(work.checkpoints * work.saved * p), "to go on from": 2 * (FULL + work.optimizer) * p}
+    if work.lora and work.merged:
+        disk["merged model"] = float(work.saved * shape.parameters)
     return Need("training", memory, disk, 1 if work.gpu else FRAGMENTS)
 
 
