@@ -22,7 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+FIRST = ("test_demo.py", "test_training.py", "test_sharding.py", "test_sweeps.py")  # few tests, and long ones
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """So that neither of the two processes is left with a long file at the end."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
 
 
 def run_in(folder: Path, command: str, check: bool = True, fresh: bool = False) -> subprocess.CompletedProcess[str]:

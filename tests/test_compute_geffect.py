@@ -348,6 +348,7 @@ def test_killed_while_measuring_the_run_goes_on(place: Path, tmp_path: Path) -> 
         assert whole.read_bytes() == run.read_bytes(), name
 
 
+@pytest.mark.slow
 def test_measured_in_two_training_processes(place: Path, tmp_path: Path) -> None:
     """DistributedDataParallel does not take the measured gradients for its own, and both processes' rows are in."""
     words = f"model_family=tiny split=forget05 num_epochs=3 save_steps=3 batch_size=2 'save_dir={tmp_path}/${{geffect.every}}'"

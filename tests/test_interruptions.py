@@ -204,6 +204,7 @@ def test_a_signal_saves_and_stops(
     goes_on_to_the_same_bits(tmp_path, young, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_saves_and_stops(young: Path, tmp_path: Path) -> None:
     words = f"{command(young)} num_epochs=200 save_steps=100000".split()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=18781"]

@@ -450,6 +450,7 @@ def test_score_rows_is_one_call() -> None:
 
 
 @gold
+@pytest.mark.slow
 def test_gold_scores_by_the_scripts_in_two_processes(tmp_path: Path) -> None:
     """The documented commands in float64 under torchrun: each row's scores and the totals."""
     data = json.loads((GOLD / "rows.json").read_text())

@@ -10,7 +10,7 @@ from conftest import ROOT, run_in
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-METHODS = ["finetune", "ga", "rmu_2", "npo_kl", "idk_gd"]
+METHODS = ["finetune", "ga", "rmu_2", "npo_kl"]
 
 
 @pytest.fixture(scope="module")
