@@ -47,7 +47,7 @@ class Target:
 
 def prepare(cfg: DictConfig, config_name: str) -> utils.Family:
     """Fill in what the run and the family decide, and refuse what cannot work before anything is loaded."""
-    for key in ("model_family", "split", "model_path", "original_path", "retain_path", "retain_result", "save_dir"):
+    for key in ("model_family", "split", "model_path", "original_path", "retain_path", "retain_result"):
         if key in cfg and not OmegaConf.is_missing(cfg, key) and cfg[key] == "":
             cfg[key] = None
     for key in ("model_path", "original_path", "retain_path", "retain_result", "save_dir"):

@@ -29,7 +29,7 @@ def tell(cfg: DictConfig, config_name: str) -> None:
     work = work_of(cfg, config_name, family, shards)
     if config_name in ("finetune", "forget"):
         needs = [plan.training(shape, work)]
-        if work.directions:
+        if "geffect" in cfg and cfg.geffect.every:
             needs.append(plan.measuring(shape, work, optimizer=True))
     elif config_name == "forget_ge":
         needs = [plan.measuring(shape, work, optimizer=False)]
@@ -71,8 +71,6 @@ def work_of(cfg: DictConfig, config_name: str, family: utils.Family, shards: int
     gpu = has_gpu(cfg)
     tokens = longest_row(cfg, family)
     retain = "retain" in cfg and cfg.retain is not None and cfg.retain.name != "none"
-    every = "geffect" in cfg and cfg.geffect.get("every", 0) > 0
-    measured = every or config_name == "forget_ge"
     checkpointing = cfg.get("gradient_checkpointing")
     return Work(
         rows=cfg.batch_size,
@@ -90,7 +88,6 @@ def work_of(cfg: DictConfig, config_name: str, family: utils.Family, shards: int
         checkpoints=checkpoints(cfg, config_name),
         merged=config_name == "finetune",
         saved=settings.BYTES[cfg.get("save_dtype", "float32")],
-        directions=weight if measured else 0,
         norms=bool(cfg.geffect.get("norms", cfg.get("norms", True))) if "geffect" in cfg else True,
         offload=bool(cfg.geffect.get("offload", False)) if "geffect" in cfg else False,
     )

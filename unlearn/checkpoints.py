@@ -68,7 +68,7 @@ def load(
     model = load_model(path, device, flash_attention, dtype)
     tokenizer = load_tokenizer(path, fallback)
     special = (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    tokens = 1 + max(tokenizer.vocab_size - 1, *(token for token in special if token is not None))
+    tokens = 1 + max([tokenizer.vocab_size - 1, *(token for token in special if token is not None)])
     embedded = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     if tokens > embedded:
         raise ValueError(f"{path}: its tokenizer has {tokens} tokens, and its model embeds {embedded}")

@@ -1,8 +1,4 @@
-"""What a stage of the work needs of memory and disk, by arithmetic: no weights are made, and nothing is run.
-
-Letters: P parameters, of which P_t are trained; N processes; w bytes a weight; T tokens of the largest micro-batch, M of them
-labels; V vocabulary, h hidden size.
-"""
+"""What a stage of the work needs of memory and disk, by arithmetic: no weights are made, and nothing is run."""
 
 from __future__ import annotations
 
@@ -68,7 +64,7 @@ class Work:
         tokens, labels: of a long row.
         optimizer: bytes of state a trained parameter, for float32 weights.
         checkpoints: how many the run leaves; `saved`: bytes a number in them; `merged`: with adapters also the whole model.
-        directions: bytes a number of V, 0 where no G-effect is measured; `offload`: V in CPU memory.
+        norms, offload: of the G-effects: with the gradient's norm; V in CPU memory.
     """
 
     rows: int
@@ -86,7 +82,6 @@ class Work:
     checkpoints: int = 1
     saved: int = FULL
     merged: bool = False
-    directions: int = 0
     norms: bool = True
     offload: bool = False
 
@@ -105,7 +100,7 @@ class Need:
         return self.fragments * sum(self.memory.values())
 
 
-def activations(shape: Shape, work: Work, tokens: float, width: float) -> float:
+def activations(shape: Shape, work: Work, tokens: float, row: float) -> float:
     """What a forward pass keeps for the backward pass, in bytes, logits apart.
 
     A layer keeps of each token: in float32 the inputs of both norms, what they normalise, and both residual sums (6 h); in the
@@ -117,7 +112,7 @@ def activations(shape: Shape, work: Work, tokens: float, width: float) -> float:
     each: float = 6 * FULL * shape.hidden
     each += x * (6 * shape.hidden + 4 * shape.key_values + 4 * shape.intermediate)
     if not work.gpu:
-        each += shape.heads * width * (2 * x + FULL)
+        each += shape.heads * row * (2 * x + FULL)
     if work.lora:  # each adapter's input in float32, after dropout, its mask, and its product's input
         each += sum(a for a, _ in shape.linear) / shape.layers * (2 * FULL + 1 + x)
     if work.checkpointing:
@@ -145,18 +140,26 @@ def trained(shape: Shape, work: Work) -> int:
     return shape.adapters(work.lora) if work.lora else shape.parameters
 
 
+def width(work: Work) -> int:
+    """Bytes of a trained number: adapters are in float32 whatever the weights are in."""
+    return FULL if work.lora else work.weight
+
+
+def optimiser(shape: Shape, work: Work) -> float:
+    return work.optimizer * width(work) / FULL * trained(shape, work) / work.shards
+
+
 def training(shape: Shape, work: Work) -> Need:
     """A training step's peak, and the disk of a run: its checkpoints, and twice what a killed run goes on from."""
     p = trained(shape, work)
     sets = 2 if work.retain else 1
     memory = held(shape, work)
-    width = FULL if work.lora else work.weight
     if work.lora:
         memory["adapters"] = float(FULL * p)
-    memory["gradients"] = width * p / work.shards
-    memory["optimiser"] = work.optimizer * width / FULL * p / work.shards
+    memory["gradients"] = width(work) * p / work.shards
+    memory["optimiser"] = optimiser(shape, work)
     if shape.tied and not work.lora:  # both uses' gradients before they are added
-        memory["gradients of the tied head"] = 2.0 * width * shape.vocabulary * shape.hidden
+        memory["gradients of the tied head"] = 2.0 * width(work) * shape.vocabulary * shape.hidden
     if work.bf16 and work.weight == FULL:
         memory["weights in bfloat16"] = HALF * shape.parameters / (1 if work.shards == 1 else shape.layers)
     tokens = sets * work.rows * work.tokens
@@ -175,10 +178,10 @@ def measuring(shape: Shape, work: Work, optimizer: bool) -> Need:
     p = trained(shape, work)
     memory = held(shape, work)
     if optimizer:
-        memory["optimiser"] = work.optimizer * work.weight / FULL * p / work.shards
+        memory["optimiser"] = optimiser(shape, work)
     if not work.offload:
-        memory["directions V"] = 2.0 * work.directions * p / work.shards
-    if work.norms or work.directions == HALF or work.offload:
+        memory["directions V"] = 2.0 * width(work) * p / work.shards
+    if work.norms or width(work) == HALF or work.offload:
         memory["sum in float32"] = FULL * p / work.shards
     memory["gradient of a tensor"] = float(work.weight * shape.vocabulary * shape.hidden)
     memory["activations"] = activations(shape, work, MEASURED_ROWS * work.tokens, work.tokens)
