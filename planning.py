@@ -85,7 +85,7 @@ def work_of(cfg: DictConfig, config_name: str, family: utils.Family, shards: int
         reference=bool(retain and cfg.retain.reference),
         shards=shards if cfg.parallel == "fsdp" else 1,
         gpu=gpu,
-        checkpoints=checkpoints(cfg, config_name),
+        checkpoints=checkpoints(cfg, config_name, family),
         merged=config_name == "finetune",
         saved=settings.BYTES[cfg.get("save_dtype", "float32")],
         norms=bool(cfg.geffect.get("norms", cfg.get("norms", True))) if "geffect" in cfg else True,
@@ -102,12 +102,13 @@ def has_gpu(cfg: DictConfig) -> bool:
     return torch.cuda.is_available()
 
 
-def checkpoints(cfg: DictConfig, config_name: str) -> int:
-    """How many a run leaves, of TOFU's sizes."""
+def checkpoints(cfg: DictConfig, config_name: str, family: utils.Family) -> int:
+    """How many a run leaves: of the data's rows where they are at hand, else of TOFU's."""
     if config_name != "forget":
         return 1
-    rows = {"forget01": 40, "forget05": 200, "forget10": 400}[cfg.split]
-    steps, _ = utils.count_steps(cfg, rows)
+    rows = {"forget01": 40, "forget05": 200, "forget10": 400}
+    file = Path(cfg.forget_data or Path(utils.find_path(family.data_path), f"{cfg.split}.json"))
+    steps, _ = utils.count_steps(cfg, len(utils.read_jsonl(file)) if file.exists() else rows[cfg.split])
     number = -(-steps // cfg.save_steps)
     return min(number, cfg.keep_last or number)
 

@@ -116,6 +116,10 @@ FOLDERS: dict[str, tuple[Spoil, list[str]]] = {  # what is done to the model's f
     "a tokenizer that is not JSON": (text("tokenizer.json", "{"), ["its tokenizer does not load"]),
     "a tokenizer of nothing": (text("tokenizer.json", "{}"), ["its tokenizer does not load"]),
     "a tokenizer_config.json that is not JSON": (text("tokenizer_config.json", "{"), ["its tokenizer does not load"]),
+    "a tokenizer without special tokens": (
+        text("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}'),
+        ["end-of-sequence token"],
+    ),
     "an adapter without its model": (
         adapter('{"base_model_name_or_path": "/no/where"}'),
         ["an adapter", "/no/where is not there"],

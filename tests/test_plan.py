@@ -50,6 +50,8 @@ def test_what_saves_memory_does() -> None:
     lora = training(model, Work(rows=4, tokens=100, labels=60, lora=8))
     assert lora.memory["optimiser"] == 8 * 2_442_240
     assert lora.disk["checkpoints"] == 4 * 2_442_240
+    of_half = Work(rows=4, tokens=100, labels=60, lora=8, weight=2)  # adapters are in float32 all the same
+    assert training(model, of_half).memory["optimiser"] == measuring(model, of_half, True).memory["optimiser"] == 8 * 2_442_240
     offload = measuring(model, Work(rows=4, tokens=100, labels=60, offload=True), optimizer=True)
     assert "directions V" not in offload.memory
 
