@@ -38,7 +38,7 @@ def add_lora(model: PreTrainedModel, lora: LoRA, seed: int, base: str) -> None:
         base: the folder or hub name that the model is loaded from when an adapter is; noted in the adapters' files.
 
     Raises:
-        ValueError: r is above the rank of any weight.
+        ValueError: r is above the rank of any weight; there is dropout, and a layer's experts share one weight.
     """
     from peft import LoraConfig
 
@@ -51,7 +51,15 @@ def add_lora(model: PreTrainedModel, lora: LoRA, seed: int, base: str) -> None:
     )
     set_seed(seed)
     model.requires_grad_(False)
-    model.add_adapter(config)
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        if "lora_dropout" not in str(error):
+            raise
+        raise ValueError(
+            f"LoRA.dropout={lora.dropout}: the experts of {type(model).__name__} share one weight, whose adapter has no input"
+            " of its own to drop; LoRA.dropout=0"
+        ) from error
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
@@ -116,15 +124,27 @@ def merged_state(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[
     """The whole state dict of a model with adapters as its bare model has it: each adapter added to its weight."""
     found = {}
     for name, weight in weights.items():
-        layer, base, kind = name.rpartition(".base_layer.")
-        if base and kind == "weight":
-            module: Any = model.get_submodule(layer)
-            a, b = (weights[f"{layer}.lora_{letter}.default.weight"].float() for letter in "AB")
-            added = (b @ a) * module.scaling["default"]
-            weight = (weight + (added.T if module.fan_in_fan_out else added)).to(weight.dtype)
-        if "lora_" not in name:
-            found[f"{layer}.{kind}" if base else name] = weight
+        if "lora_" in name:
+            continue
+        layer, *_, kind = name.split(".base_layer.")
+        for depth in range(name.count(".base_layer.")):  # experts have one around the other, each for a parameter
+            around = layer + ".base_layer" * depth
+            module: Any = model.get_submodule(around)
+            if kind == getattr(module, "parameter_name", "weight"):
+                a, b = (weights[f"{around}.lora_{letter}.default.weight"].float() for letter in "AB")
+                weight = (weight + _added(module, a, b)).to(weight.dtype)
+        found[name.replace(".base_layer", "")] = weight
     return found
+
+
+def _added(module: Any, a: Tensor, b: Tensor) -> Tensor:
+    """What an adapter adds to a weight, like it: (out, in), or (experts, out, in) where A and B hold all experts'."""
+    scale: float = module.scaling["default"]
+    n = getattr(module, "num_experts", 1)
+    if n == 1:
+        return (b @ a).mul(scale).T if module.fan_in_fan_out else (b @ a).mul(scale)
+    each = torch.einsum("ore,eri->eoi", b.reshape(len(b), -1, n), a.reshape(n, -1, a.shape[1])) * scale
+    return each if module._did_swap_in_out_features else each.transpose(1, 2)
 
 
 def merged(model: PreTrainedModel, folder: str) -> PreTrainedModel:

@@ -46,12 +46,13 @@ from unlearn.rows import Row, collate
 from unlearn.sharding import is_sharded
 from unlearn.tables import Tables
 from unlearn.tangents import contract, token_tangents
-from unlearn.tap import Site, Tap, find_sites
+from unlearn.tap import Site, Tap, find_sites, narrowest
 from unlearn.tokens import label_positions
 
 RISKS = ("unlearn", "retain")
 RISK = Loss(objective=mean_nll)  # R: the token-mean cross-entropy of a whole set
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the tap against the whole gradient; else 5e-2
+IN_PARTS = 1e-5  # where only parts of a float64 model are in float32
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Meter:
             )
         self.sites: list[Site] = []
         self.directions: Directions = {}
+        self.precision: torch.dtype | None = None  # the least that a gradient passes
 
     def measure(self) -> Tables:
         """The tables `steps` and `layers` of the present weights, and what else is wanted; columns as in the README.
@@ -238,6 +240,7 @@ class Meter:
         with tap.batch(batch):
             with self._autocast():
                 loss = sum(self.target.loss(self.model, batch).values())
+            self.precision = self.precision or narrowest(loss)  # type: ignore[arg-type]
             loss.backward()  # type: ignore[union-attr]
 
     def tapped(self) -> Tables:
@@ -352,7 +355,10 @@ class Meter:
         Args:
             scale: the product of the norms.
         """
-        bound = 5e-2 if self.bf16 else TOLERANCE.get(self.model.dtype, 5e-2)
+        widest, least = self.model.dtype, self.precision or self.model.dtype
+        bound = (
+            5e-2 if self.bf16 else IN_PARTS if (widest, least) == (torch.float64, torch.float32) else TOLERANCE.get(least, 5e-2)
+        )
         for tapped, plain, norms in zip(totals, plain_totals, scale, strict=True):
             if abs(tapped - plain) > bound * norms:
                 raise ValueError(

@@ -36,10 +36,11 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     Beside it may stand a vision model as deep, or as many small modules (a projection for each layer).
     """
     depth = model.config.get_text_config().num_hidden_layers
+    part: nn.Module
     for part in (model.get_decoder(), model):
         lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
         if lists:
-            return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
+            return list(lists[max(range(len(lists)), key=lambda i: sum(p.numel() for p in lists[i].parameters()))])
     return []
 
 

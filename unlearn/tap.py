@@ -195,7 +195,7 @@ def _called_owner(name: str, model: nn.Module, called: Mapping[nn.Module, Any]) 
     raise AssertionError(f"{name}: the model itself is not called")
 
 
-def _watch(model: nn.Module, row: Mapping[str, Tensor], look: Callable[..., None]) -> list[nn.Module]:
+def _watch(model: nn.Module, row: Mapping[str, Tensor], look: Callable[..., Any]) -> list[nn.Module]:
     """Run the model on a row, `look` at each call of a module; returns the modules in the order of their calls' ends."""
     order: list[nn.Module] = []
     busy = False
@@ -420,6 +420,21 @@ class _Call:
     tensors: list[int]
     structure: Any
     outputs: int
+
+
+def narrowest(loss: Tensor) -> torch.dtype:
+    """Of the floating-point types that a loss's gradient passes on its way back, that of the least precision.
+
+    transformers' norms, softmax and state spaces drop to float32 inside a float64 model.
+    """
+    found, seen, left = {loss.dtype}, set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found |= {kind for meta in node._input_metadata if (kind := meta.dtype).is_floating_point}
+            left += [inner for inner, _ in node.next_functions]
+    return max(found, key=lambda kind: torch.finfo(kind).eps)
 
 
 class _Identity(torch.autograd.Function):

@@ -79,11 +79,26 @@ def head_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].flatten(0, 1)[positions].unsqueeze(0), *args[1:])
 
-    handle = unwrap(model).get_output_embeddings().register_forward_pre_hook(select)
+    handles = [unwrap(model).get_output_embeddings().register_forward_pre_hook(select)]
+    if getattr(unwrap(model), "dtype", None) == torch.float64:
+        handles += [m.register_forward_pre_hook(_bound_mask, with_kwargs=True) for m in model.modules()]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _bound_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Change, in place, an attention mask's least float64 to the least float32: transformers' softmax is in float32.
+
+    There it would be minus infinity, and a padding token that sees padding alone not a number, nor then the tokens after it.
+    """
+    least = torch.finfo(torch.float32).min
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 4 and x.dtype == torch.float64]
+    for mask in tensors:
+        if not mask.requires_grad and mask.numel() and mask.min() < least:
+            mask.clamp_(min=least)
 
 
 def unwrap(model: nn.Module) -> Any:
