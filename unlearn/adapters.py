@@ -126,14 +126,15 @@ def merged_state(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[
     for name, weight in weights.items():
         if "lora_" in name:
             continue
-        layer, *_, kind = name.split(".base_layer.")
-        for depth in range(name.count(".base_layer.")):  # experts have one around the other, each for a parameter
+        plain, kind = name.replace(".base_layer", ""), name.rpartition(".base_layer.")[2]
+        layer = plain.removesuffix(f".{kind}")
+        for depth in range(name.count(".base_layer")):  # experts have one around the other, each for a parameter
             around = layer + ".base_layer" * depth
             module: Any = model.get_submodule(around)
             if kind == getattr(module, "parameter_name", "weight"):
                 a, b = (weights[f"{around}.lora_{letter}.default.weight"].float() for letter in "AB")
                 weight = (weight + _added(module, a, b)).to(weight.dtype)
-        found[name.replace(".base_layer", "")] = weight
+        found[plain] = weight
     return found
 
 
