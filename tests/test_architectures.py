@@ -40,6 +40,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import settings
+import utils
 from unlearn.adapters import LoRA, add_lora, merged_state
 from unlearn.forcing import Pass, teacher_force
 from unlearn.loss import Loss
@@ -233,8 +234,7 @@ def test_a_nested_configuration_is_looked_into(tmp_path: Path, depth: str) -> No
     settings.check_layer(str(tmp_path / "one"), 2)
     with pytest.raises(ValueError, match=r"method\.layer=3: .* has 0 \(its embeddings\) to 2"):
         settings.check_layer(str(tmp_path / "one"), 3)
-    family = settings.load_families()["tiny"]
-    family = family._replace(hf_key=str(tmp_path / "one"))
+    family = utils.load_family("tiny", hf_key=str(tmp_path / "one"))
     settings.check_architecture("model_path", str(tmp_path / "one"), family)
     with pytest.raises(ValueError, match="has vocab_size 38, and model_family=tiny 37"):
         settings.check_architecture("model_path", str(tmp_path / "other"), family)
