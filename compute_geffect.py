@@ -235,8 +235,7 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
         raise ValueError(f"retain_holdout={cfg.retain_holdout}: the run held out {len(training.held_out)} rows only")
     bf16 = cfg.dtype not in ("float64", "float32") and utils.use_bfloat16(cfg.dtype, family)
     kind = torch.float64 if cfg.dtype == "float64" else getattr(torch, cfg.weights)
-    flash = family.flash_attention2 and bf16
-    tokenizer, model = load(cfg.model_path, family.hf_key, utils.model_device(cfg), flash, kind)
+    tokenizer, model = load(cfg.model_path, family.hf_key, utils.model_device(cfg), dtype=kind)
     if cfg.LoRA.r:
         add_lora(model, LoRA(**cfg.LoRA), cfg.seed, cfg.model_path)
     objectives = [cfg, *parse_sweep(cfg).values()]

@@ -96,7 +96,7 @@ def tokenize(
             raise ValueError(f"row {number}: needs the texts 'question' and 'answer', and has {sorted(row)}")
     pairs = [prompt_and_answer(row, tokenizer, family) for row in rows]
     tag = len(family.answer_tag) if family.loss_on_answer_tag else 0
-    return tokenize_pairs(pairs, tokenizer, max_length, prompt_loss=tag, special_tokens=not family.chat_template)
+    return tokenize_pairs(pairs, tokenizer, max_length, prompt_loss=tag, special_tokens=False if family.chat_template else None)
 
 
 def idk_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:

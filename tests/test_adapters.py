@@ -18,7 +18,7 @@ from unlearn.loss import Loss
 from unlearn.meter import Meter, Target, Wanted
 from unlearn.objectives import Objective, ga, kl, mean_nll, npo
 from unlearn.risks import on, set_batches, trainable
-from unlearn.tokens import token_outputs
+from unlearn.tokens import in_eval_mode, token_outputs
 
 CONFIGS = {
     "llama": LlamaConfig(
@@ -62,7 +62,7 @@ def test_adapters_off_is_the_original_model(name: str) -> None:
     [batch] = set_batches(rows_of(3, 1), [], 3, 0)
     flags = {key: p.requires_grad for key, p in model.named_parameters()}
     with torch.no_grad():
-        with adapters_off(model):
+        with in_eval_mode(model), adapters_off(model):
             off = token_outputs(model, batch).logits
         assert torch.equal(off, token_outputs(original, batch).logits)
         model.eval()

@@ -80,16 +80,14 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was without its adapters, in eval mode; a model that has none as it is."""
+    """The model as it was without its adapters; a model that has none as it is."""
     if not has_adapters(model):
         yield
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    training = {module: module.training for module in model.modules()}
     grads = {parameter: parameter.requires_grad for parameter in model.parameters()}  # which peft's switch changes
-    model.eval()
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -99,8 +97,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
         for parameter, grad in grads.items():
             parameter.requires_grad_(grad)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def bare(model: PreTrainedModel) -> PreTrainedModel:

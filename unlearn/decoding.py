@@ -115,7 +115,7 @@ def _decode_batch(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], 
     while alive:
         last = torch.arange(1, len(alive) + 1, device=ids.device) * ids.shape[1] - 1
         where = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positioned else {}
-        with head_at(model, last):
+        with head_at(model, last, ids.shape[1]):
             out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
         tokens = out.logits.squeeze(0).argmax(-1)  # (rows that are left,)
         for row, token in zip(alive, tokens.tolist(), strict=True):

@@ -24,10 +24,9 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from unlearn.risks import evaluating
 from unlearn.rows import Row, collate
 from unlearn.sharding import is_sharded
-from unlearn.tokens import IGNORE, head_at, token_outputs, unwrap, widen
+from unlearn.tokens import IGNORE, evaluating, head_at, token_outputs, unwrap, widen
 
 Prompt = tuple[int, ...]
 
@@ -138,7 +137,8 @@ def shares_prompts(model: PreTrainedModel) -> bool:
         cache = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True).past_key_values
     except AttributeError:  # a model whose state goes by another name
         return False
-    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    whole = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return whole and cache.get_seq_length() == 1  # virtual tokens (prompt tuning) would come again with each part
 
 
 def prompt_length(row: Row) -> int:
@@ -194,7 +194,7 @@ class _Measure:
         model = unwrap(self.how.model)
         device, length = model.device, len(prompts[0])
         ids = torch.tensor(prompts, device=device)
-        with head_at(model, torch.arange(1, len(prompts) + 1, device=device) * length - 1):
+        with head_at(model, torch.arange(1, len(prompts) + 1, device=device) * length - 1, length):
             out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         first = widen(out.logits.squeeze(0))[torch.tensor(owner, device=device)]  # (B, V)
         answers = pad_sequence([label[:-1] for label in labels], batch_first=True, padding_value=self.how.pad).to(device)
@@ -204,7 +204,7 @@ class _Measure:
         real = torch.arange(answers.shape[1], device=device) < sizes[:, None]
         out.past_key_values.batch_select_indices(torch.tensor(owner, device=device))
         mask = torch.cat([real.new_ones(len(labels), length), real], dim=1).long()
-        with head_at(model, real.flatten().nonzero().squeeze(1)):
+        with head_at(model, real.flatten().nonzero().squeeze(1), answers.shape[1]):
             later = model(input_ids=answers, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True).logits
         rest = widen(later.squeeze(0)).split(sizes.tolist())
         return torch.cat([part for one, others in zip(first, rest, strict=True) for part in (one[None], others)])

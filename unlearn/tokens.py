@@ -5,14 +5,18 @@ Letters: B rows, T positions, M label tokens of the batch (in row-major order), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 IGNORE = -100  # the label of a token that carries no loss
 
@@ -73,11 +77,15 @@ def label_positions(labels: Tensor) -> Tensor:
 
 
 @contextmanager
-def head_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Form logits at `positions` (indices into B * T) only: the output head sees (1, M, d) in place of (B, T, d)."""
+def head_at(model: nn.Module, positions: Tensor, width: int) -> Iterator[None]:
+    """Form logits at `positions` (indices into B * T) only: the output head sees (1, M, d) in place of (B, T, d).
+
+    Args:
+        width: T.
+    """
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[positions].unsqueeze(0), *args[1:])
+        return (at_positions(args[0], positions, width).unsqueeze(0), *args[1:])
 
     handle = unwrap(model).get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -86,9 +94,95 @@ def head_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+def at_positions(hidden: Tensor, positions: Tensor, width: int) -> Tensor:
+    """(B, T, d) -> (M, d) at `positions`, indices into B * T; virtual tokens before the T (prompt tuning) are passed over."""
+    return hidden[:, -width:].flatten(0, 1)[positions]
+
+
 def unwrap(model: nn.Module) -> Any:
     """The Hugging Face model inside a DistributedDataParallel one, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+# ---- as it is measured ----
+
+
+@contextmanager
+def evaluating(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
+    """The model as whatever measures it runs it: in eval mode, by its own forward pass, without flash-attn; and back."""
+    with in_eval_mode(model, checkpointing), _own_forward(unwrap(model)), _without_flash(model):
+        yield
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module, checkpointing: bool = False) -> Iterator[None]:
+    """Without dropout, where asked with gradient checkpointing, which transformers' layers do in training only; and back."""
+    before = {module: module.training for module in model.modules()}
+    layers: list[Any] = [m for m in before if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    checkpoints = {layer: layer._gradient_checkpointing_func for layer in layers}
+    model.eval()
+    for layer, checkpoint in checkpoints.items() if checkpointing else ():
+        layer.training = True
+        layer._gradient_checkpointing_func = partial(_in_eval_mode_too, layer, checkpoint)
+    try:
+        yield
+    finally:
+        for layer, checkpoint in checkpoints.items():
+            layer._gradient_checkpointing_func = checkpoint
+        for module, training in before.items():
+            module.training = training
+
+
+def _in_eval_mode_too(layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+    """Checkpoint a layer that is in training mode to that end only: what it runs itself, now and again, is in eval mode."""
+
+    def evaluated(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = True
+
+    return checkpoint(evaluated, *args)
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Without the autocast that accelerate has put around a model that is trained: what is measured says its own."""
+    wrapped = model.__dict__.get("forward")
+    if "_original_forward" not in model.__dict__ or wrapped is None:
+        yield
+        return
+    forward: Any = wrapped
+    while hasattr(forward, "__wrapped__") and not _is_inner(
+        forward, model
+    ):  # one for each `Trainer` that the model was given to
+        forward = forward.__wrapped__
+    model.forward = forward if isinstance(forward, partial | MethodType) else MethodType(forward, model)
+    try:
+        yield
+    finally:
+        model.forward = wrapped
+
+
+def _is_inner(forward: Any, model: nn.Module) -> bool:
+    """Whether this is the model's forward pass itself, or what moves its inputs between devices."""
+    return isinstance(forward, partial) or getattr(forward, "__func__", forward) is type(model).forward
+
+
+@contextmanager
+def _without_flash(model: nn.Module) -> Iterator[None]:
+    """With PyTorch's attention in place of flash-attn: that takes half precision only, and has no second derivative."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values()
+    flash = [(config, name) for config in configs if "flash" in (name := str(config._attn_implementation))]
+    for config, _ in flash:
+        config._attn_implementation = {"": "sdpa"}  # its own, not those of configurations inside it
+    try:
+        yield
+    finally:
+        for config, name in flash:
+            config._attn_implementation = {"": name}
 
 
 def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: int | None = None) -> Tokens:
@@ -107,7 +201,7 @@ def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: int | None 
         raise ValueError(f"layer {layer}: the model has layers 0 (its embeddings) to {depth} (after its final norm)")
     labels = batch["labels"]
     at = label_positions(labels)
-    with head_at(model, at):
+    with head_at(model, at, labels.shape[1]):
         out = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -120,7 +214,7 @@ def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: int | None 
         row=at // labels.shape[1],
         n_rows=labels.shape[0],
         logits=logits,
-        hidden=None if layer is None else widen(out.hidden_states[layer]).flatten(0, 1)[at],
+        hidden=None if layer is None else widen(at_positions(out.hidden_states[layer], at, labels.shape[1])),
     )
 
 
