@@ -229,7 +229,7 @@ class Meter:
 
     def _find_sites(self) -> list[Site]:
         row = collate(self.risks["unlearn"][:1], self.pad)
-        with evaluating(self.model):
+        with evaluating(self.model), self._autocast():
             return find_sites(self.model, self.parameters, self.directions, on(row, self.model.device))
 
     def _check_one_row(self) -> None:
