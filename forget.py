@@ -194,7 +194,8 @@ def build_loss(cfg: DictConfig, model: PreTrainedModel, reference: PreTrainedMod
     layer = cfg.method.get("layer")
     noise = None
     if layer is not None:
-        noise = torch.rand(model.config.hidden_size, generator=torch.Generator().manual_seed(cfg.seed)).to(model.device)
+        width = model.config.get_text_config().hidden_size
+        noise = torch.rand(width, generator=torch.Generator().manual_seed(cfg.seed)).to(model.device)
     return Loss(
         objective=instantiate(cfg.method.objective),
         retain=instantiate(cfg.retain.term),

@@ -556,9 +556,10 @@ def check_architecture(key: str, path: str, family: Family) -> None:
     there, of_family = model_config(path), model_config(family.hf_key)
     if there is not None and of_family is not None:
         for name in ("model_type", "vocab_size"):
-            if there.get(name) != of_family.get(name):
+            found, wanted = (config.get(name, text_config(config).get(name)) for config in (there, of_family))
+            if found != wanted:
                 raise ValueError(
-                    f"{key}={path}: has {name} {there.get(name)}, and model_family={family.name} {of_family.get(name)};"
+                    f"{key}={path}: has {name} {found}, and model_family={family.name} {wanted};"
                     f" the families are {', '.join(load_families())}"
                 )
 
@@ -582,6 +583,12 @@ def model_config(path: str) -> dict[str, Any] | None:
     return read_object(file) if file.exists() else None
 
 
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that is of the text model: all of it, where there is none beside others (vision, audio)."""
+    inner = next((config[key] for key in ("text_config", "decoder", "generator") if config.get(key)), config)
+    return inner if isinstance(inner, dict) else config
+
+
 def check_layer(model_path: str, layer: int) -> None:
     """Raises ValueError where the model is not that deep."""
     config = model_config(model_path)
@@ -589,7 +596,8 @@ def check_layer(model_path: str, layer: int) -> None:
         from huggingface_hub import hf_hub_download
 
         config = json.loads(Path(hf_hub_download(model_path, "config.json", etag_timeout=2)).read_text())
-    depth = next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config), None)
+    text = text_config(config)
+    depth = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in text), None)
     if depth is not None and layer > depth:
         raise ValueError(f"method.layer={layer}: {model_path} has 0 (its embeddings) to {depth} (after its final norm)")
 

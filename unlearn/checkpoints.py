@@ -143,7 +143,7 @@ def new_model(path: str, texts: list[str], seed: int, device: torch.device) -> t
     """A model of the config.json at `path` with random weights, and a byte-level BPE tokenizer trained on `texts`."""
     config = AutoConfig.from_pretrained(path)
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, config.vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False)
+    bpe.train_from_iterator(texts, config.get_text_config().vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     set_seed(seed)

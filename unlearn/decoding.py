@@ -80,7 +80,7 @@ def stop_tokens(model: PreTrainedModel, eos: int) -> set[int]:
 
 def positions_of(model: PreTrainedModel) -> int | None:
     """How many tokens the model has positions for, where it says so."""
-    positions: int | None = getattr(unwrap(model).config, "max_position_embeddings", None)
+    positions: int | None = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
     return positions
 
 

@@ -31,10 +31,16 @@ def shard(model: PreTrainedModel) -> None:
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's layers: the first list of as many modules as its configuration counts."""
+    """The text model's layers: of the lists of as many modules as its configuration counts, the one with most weights.
+
+    Beside it may stand a vision model as deep, or as many small modules (a projection for each layer).
+    """
     depth = model.config.get_text_config().num_hidden_layers
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
-    return list(next(lists, []))
+    for part in (model.get_decoder(), model):
+        lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if lists:
+            return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
+    return []
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unlearn.risks import Batch, Directions, wide
-from unlearn.sharding import whole
+from unlearn.sharding import blocks, whole
 from unlearn.tangents import PaddingHeld, along_each
 from unlearn.tokens import label_positions, token_outputs
 
@@ -75,7 +76,9 @@ class Site:
     def call(self, own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Its floating-point outputs with these values for its parameters."""
         named = {f"module.{name}": value for name, value in own.items()}
-        return floats(functional_call(_Bare(self.module), named, args, kwargs))
+        return floats(
+            functional_call(_Bare(self.module), named, args, kwargs, tie_weights=False)
+        )  # no other site's use of them
 
     def along(self, directions: Directions, d: int) -> dict[str, Tensor]:
         """Its V, all parts of it: in shards, it is gathered here and no longer than it is used."""
@@ -124,7 +127,7 @@ def find_sites(model: nn.Module, parameters: Mapping[str, nn.Parameter], directi
     outputs are laid out.
     """
     row = {key: batch[key][:1] for key in ("input_ids", "attention_mask", "labels")}
-    called = list(dict.fromkeys(_watch(model, row, lambda *_: None)))
+    called = _called(model, row)
     names = {module: name for name, module in model.named_modules()}
     own: dict[nn.Module, dict[str, str]] = {module: {} for module in called}
     full = {parameter: name for name, parameter in parameters.items()}
@@ -134,14 +137,53 @@ def find_sites(model: nn.Module, parameters: Mapping[str, nn.Parameter], directi
             own[owner][inner] = full[parameter]
     layers = _layers(model, called, names)
     sites = {m: Site(names[m], m, layers[m], own[m]) for m in called if own[m]}
+    doubtful = _aliases(sites)
 
     def test(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         if module in sites:
+            doubtful[module] -= {name for name in doubtful[module] if _uses(sites[module], name, args, kwargs)}
             sites[module].linear = is_linear(sites[module], args, kwargs)
 
     _watch(model, row, test)
+    for module, unused in doubtful.items():
+        for name in unused:
+            del sites[module].names[name]
+    sites = {module: site for module, site in sites.items() if site.names}
     _find_axes(model, sites, row)
     return list(sites.values())
+
+
+def _called(model: nn.Module, row: Mapping[str, Tensor]) -> list[nn.Module]:
+    """The modules that are called, in the order of their calls' ends; those that can be called again by themselves.
+
+    That is not so where a module above puts others in its parameters' place while it runs (peft's, around fused experts).
+    """
+    replaced: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module) -> int:
+        return sum(parametrize.is_parametrized(inner) for inner in module.modules())
+
+    order = _watch(model, row, lambda module, *_: replaced.setdefault(module, count(module)))
+    return [module for module in dict.fromkeys(order) if replaced[module] == count(module)]
+
+
+def _aliases(sites: Mapping[nn.Module, Site]) -> dict[nn.Module, set[str]]:
+    """For each module the names of parameters that a site inside it has too: perhaps only that one uses them (BERT's heads)."""
+    found: dict[nn.Module, set[str]] = {}
+    for module, site in sites.items():
+        inside = {
+            full for inner in module.modules() if inner is not module and inner in sites for full in sites[inner].names.values()
+        }
+        found[module] = {name for name, full in site.names.items() if full in inside}
+    return found
+
+
+def _uses(site: Site, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the site's output depends on a parameter by this name."""
+    other = 1 + 2 * site.module.get_parameter(name).detach()
+    return any(
+        not torch.equal(x, y) for x, y in zip(site.call({}, args, kwargs), site.call({name: other}, args, kwargs), strict=True)
+    )
 
 
 def _called_owner(name: str, model: nn.Module, called: Mapping[nn.Module, Any]) -> tuple[nn.Module, str]:
@@ -254,15 +296,13 @@ def is_linear(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
 def _layers(model: Any, called: Sequence[nn.Module], names: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
     """Each module's layer: its block's index, or by whether it is called before or after the blocks, or the output head."""
-    depth = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth and m[0] in called]
-    blocks = {inner: str(i) for i, block in enumerate(lists[0] if lists else []) for inner in block.modules()}
+    within = {inner: str(i) for i, block in enumerate(blocks(model)) for inner in block.modules()}
     head = set(model.get_output_embeddings().modules())
-    first = next((i for i, module in enumerate(called) if module in blocks), len(called))
+    first = next((i for i, module in enumerate(called) if module in within), len(called))
     layers = {}
     for i, module in enumerate(called):
         outside = "lm_head" if module in head else "embed" if i < first else "norm"
-        layers[module] = blocks.get(module, outside)
+        layers[module] = within.get(module, outside)
     return layers
 
 

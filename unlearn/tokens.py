@@ -196,7 +196,7 @@ def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: int | None 
     Raises:
         ValueError: the model has no layer of that number.
     """
-    depth = unwrap(model).config.num_hidden_layers
+    depth = unwrap(model).config.get_text_config().num_hidden_layers
     if layer is not None and not 0 <= layer <= depth:
         raise ValueError(f"layer {layer}: the model has layers 0 (its embeddings) to {depth} (after its final norm)")
     labels = batch["labels"]
