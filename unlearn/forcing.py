@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from unlearn.risks import evaluating
 from unlearn.rows import Row, collate
@@ -134,11 +134,19 @@ def over_batches(
 
 def shares_prompts(model: PreTrainedModel) -> bool:
     """Whether the model's cache is keys and values of every position: then any number of answers can go on from one prompt."""
-    try:
-        cache = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True).past_key_values
-    except AttributeError:  # a model whose state goes by another name
-        return False
-    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return all(kind is DynamicLayer for kind in _cache_kinds(model))
+
+
+def attends_alone(model: PreTrainedModel) -> bool:
+    """Whether the model keeps nothing but keys and values, be it of a window: then a mask hides padding from all of it."""
+    return all(kind in (DynamicLayer, DynamicSlidingWindowLayer) for kind in _cache_kinds(model))
+
+
+def _cache_kinds(model: PreTrainedModel) -> list[type]:
+    """The classes of the layers of the model's cache; of one that is not made of such layers, its own."""
+    out = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
+    cache = out.get("past_key_values")
+    return [type(layer) for layer in cache.layers] if type(cache) is DynamicCache else [type(cache)]
 
 
 def prompt_length(row: Row) -> int:
