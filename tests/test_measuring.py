@@ -33,6 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from unlearn import meter as meters
+from unlearn.decoding import decode
 from unlearn.extraction import score_rows
 from unlearn.forcing import Pass, token_nlls
 from unlearn.geffect import GEffectCallback, geffect, meter_of
@@ -131,6 +132,12 @@ def test_virtual_tokens(kind: str) -> None:
     assert tables["steps"]["risk_value"][0] == pytest.approx(float(risk(FORGET)), rel=1e-7)
     mean = torch.cat(token_nlls(Pass(model, 0, 2, batch_size=2), [*FORGET, *FORGET[:1]])[: len(FORGET)]).mean()
     assert mean.item() == pytest.approx(float(risk(FORGET)), rel=1e-7)
+    prompt = FORGET[0]["input_ids"][:4]
+    answer: list[int] = []
+    for _ in range(4):
+        seen = torch.tensor([*prompt.tolist(), *answer])
+        answer.append(int(model(input_ids=seen[None]).logits[0, -1].argmax()))
+    assert decode(Pass(model, 0, -1), [prompt], [4]) == [answer]
     if kind == "prefix tuning":
         assert geffect(model, TOKENS, FORGET, RETAIN, ga)["steps"]["geffect"].tolist() == pytest.approx(want, rel=1e-7)
     else:

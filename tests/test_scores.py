@@ -272,6 +272,45 @@ def test_decoding_gives_what_generate_does(how: Pass) -> None:
     assert len({tuple(tokens) for tokens in found}) > 1
 
 
+NASTY: dict[str, Any] = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_length": 40, "forced_bos_token_id": 3}
+NASTY |= {"suppress_tokens": list(range(4, 14)), "bad_words_ids": [[14]], "do_sample": True, "temperature": 9.0, "num_beams": 3}
+NASTY |= {"max_length": 3, "cache_implementation": "static", "forced_eos_token_id": 5, "encoder_repetition_penalty": 7.0}
+GREEDY: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
+    "gemma2": ARCHITECTURES["gemma2"],
+    "mamba": ARCHITECTURES["mamba"],
+    "bamba": {"num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 4}
+    | {"mamba_n_groups": 1, "attn_layer_indices": [1]},  # a state, and keys and values
+    "rwkv": {"attention_hidden_size": 16},  # takes no mask
+    "openai-gpt": {"n_embd": 16, "n_layer": 2, "n_head": 4},  # keeps nothing
+}
+
+
+@pytest.mark.parametrize("kind", GREEDY)
+def test_every_token_is_the_argmax_of_a_plain_pass(kind: str) -> None:
+    """Whatever generation_config.json says but for what ends a text; prefixes of several lengths, more than a batch."""
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(kind, **SMALL | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | GREEDY[kind])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    model.generation_config = GenerationConfig(eos_token_id=[2, 7], **NASTY)
+    draw = torch.Generator().manual_seed(3)
+    prefixes = [torch.randint(3, 23, (size,), generator=draw) for size in (4, 9, 6, 4, 1, 7, 4, 4, 12, 4, 2, 4, 4)]
+    limits = [10, 3, 12, 7, 9, 8, 1, 10, 6, 10, 10, 4, 12]
+    found = decode(Pass(model, pad=0, eos=2, batch_size=1), prefixes, limits)
+    for prefix, limit, tokens in zip(prefixes, limits, found, strict=True):
+        want: list[int] = []
+        while len(want) < limit and not {2, 7} & set(want):
+            ids = torch.cat([prefix, torch.tensor(want, dtype=torch.long)])
+            with torch.no_grad():
+                want.append(int(model(input_ids=ids[None], use_cache=False).logits[0, -1].argmax()))
+        assert tokens == want
+    assert len({tuple(tokens) for tokens in found}) > 5
+    assert model.generation_config.repetition_penalty == 9  # the model is as it was
+
+
 class Letters:
     """A tokenizer that spells a token as its number."""
 

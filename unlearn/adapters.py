@@ -59,6 +59,11 @@ def has_adapters(model: nn.Module) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether peft puts trained tokens before the rows' own (prompt tuning, prefix tuning), at each call anew."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 @torch.no_grad()
 def read_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Put the adapter's weights of a folder into the model's adapters.

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from unlearn.adapters import has_virtual_tokens
 from unlearn.rows import Row, collate
 from unlearn.sharding import is_sharded
 from unlearn.tokens import IGNORE, evaluating, head_at, token_outputs, unwrap, widen
@@ -133,12 +134,20 @@ def over_batches(
 
 def shares_prompts(model: PreTrainedModel) -> bool:
     """Whether the model's cache is keys and values of every position: then any number of answers can go on from one prompt."""
-    try:
-        cache = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True).past_key_values
-    except AttributeError:  # a model whose state goes by another name
-        return False
-    whole = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
-    return whole and cache.get_seq_length() == 1  # virtual tokens (prompt tuning) would come again with each part
+    return all(kind is DynamicLayer for kind in _cache_kinds(model))
+
+
+def attends_alone(model: PreTrainedModel) -> bool:
+    """Whether the model keeps nothing but keys and values, be it of a window: then a mask hides padding from all of it."""
+    return all(kind in (DynamicLayer, DynamicSlidingWindowLayer) for kind in _cache_kinds(model))
+
+
+def _cache_kinds(model: PreTrainedModel) -> list[type]:
+    """The classes of the layers of the model's cache; of one that is not made of such layers, its own."""
+    out = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
+    cache = out.get("past_key_values")
+    own = type(cache) is DynamicCache and not has_virtual_tokens(model)
+    return [type(layer) for layer in cache.layers] if own else [type(cache)]
 
 
 def prompt_length(row: Row) -> int:

@@ -196,7 +196,7 @@ def _called_owner(name: str, model: nn.Module, called: Mapping[nn.Module, Any]) 
     raise AssertionError(f"{name}: the model itself is not called")
 
 
-def _watch(model: nn.Module, row: Mapping[str, Tensor], look: Callable[..., None]) -> list[nn.Module]:
+def _watch(model: nn.Module, row: Mapping[str, Tensor], look: Callable[..., Any]) -> list[nn.Module]:
     """Run the model on a row, `look` at each call of a module; returns the modules in the order of their calls' ends."""
     order: list[nn.Module] = []
     busy = False
