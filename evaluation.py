@@ -294,3 +294,9 @@ def no_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: no_nan(one) for key, one in value.items()}
     return "not available" if isinstance(value, float) and value != value else value
+
+
+def told(value: Any, digits: int = 4) -> str:
+    """A score as it is printed."""
+    known = isinstance(value, int | float) and value == value
+    return f"{value:.{digits}f}" if known else value if isinstance(value, str) else "not available"

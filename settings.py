@@ -330,6 +330,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "generation.max_new_tokens": _number(1, whole=True),
     "truth_ratio": _one_of("geometric", "arithmetic"),
     "epsilon": _number(0),
+    "rouge_tokenizer": _one_of("ascii", "unicode"),
     "ps_p": _number(0, high=1),
     "min_k": _number(0, strict=True, high=1),
     "similar": BOOL,

@@ -25,6 +25,7 @@ import utils
 
 # What may differ when an evaluation is started again: it is scored anew, and nothing is measured anew.
 MAY_DIFFER = {"retain_result", "retain_path", "original_path", "truth_ratio", "epsilon", "method_name", "submitted_by"}
+WORDS = {"ascii": "words of a-z and 0-9", "unicode": "words of any script"}
 SETS = {"retain": "retain_perturbed", "real_authors": "real_authors_perturbed", "real_world": "world_facts_perturbed"}
 
 
@@ -133,6 +134,7 @@ def measure_set(
         max_length=cfg.generation.max_length,
         max_new_tokens=cfg.generation.max_new_tokens,
         what=name,
+        rouge_tokenizer=cfg.rouge_tokenizer,
     )
 
 
@@ -169,13 +171,13 @@ def evaluate(cfg: DictConfig, target: evaluation.Target, sets: list[str], measur
         log = {tofu.TASKS[name][0]: progress.part(name, functools.partial(measure, target.path, name)) for name in names}
         if utils.is_main_process():
             utils.write_json(log_file, log)
-    found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon)
+    found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon) | {"rouge_rows": tofu.without_words(log)}
     other = retain_log(cfg, target, measure) if "truth_ratio" in found["forget"] else None
     found["forget_quality"] = quality(cfg, found, log, other)
     if utils.is_main_process():
         write(cfg, target, progress, found)
     progress.close()
-    report(found)
+    report(found, cfg.rouge_tokenizer)
     utils.say(f"{target.path}: the log and the scores are in {target.folder}")
 
 
@@ -202,7 +204,7 @@ def write(cfg: DictConfig, target: evaluation.Target, progress: evaluation.Progr
     evaluation.write_scores(target, sections)
     columns = {f"{name}_{key}": value for name in TASKS if name in found for key, value in found[name].items() if key != "rows"}
     quality = found["forget_quality"] if isinstance(found["forget_quality"], dict) else {}
-    columns |= {"model_utility": found.get("model_utility")}
+    columns |= {"model_utility": found["model_utility"]}
     columns |= {"forget_quality": quality.get("p"), "forget_quality_D": quality.get("D")}
     evaluation.add_row(target, {"split": cfg.split, "ds_size": cfg.ds_size} | columns)
 
@@ -219,25 +221,34 @@ def write_statistics(file: Path, found: dict[str, Any], method: str, submitted_b
 
 def definitions(cfg: DictConfig) -> dict[str, Any]:
     tag = "the answer tag counted, too" if cfg.get("loss_on_answer_tag") else "the answer tag not counted"
+    tokenizer = cfg.get("rouge_tokenizer")
+    words = f"rouge_tokenizer={tokenizer} ({WORDS[tokenizer]})" if tokenizer else "as the log has it"
     return {
         "probability": f"exp(-mean loss of the answer's tokens, end-of-sequence counted, {tag})",
         "truth_ratio": f"{cfg.truth_ratio}, epsilon {cfg.epsilon}",
-        "rouge": "ROUGE-L recall of the greedy answer, with stemming",
+        "rouge": f"ROUGE-L recall of the greedy answer, with stemming, {words}; an answer without words has none",
         "model_utility": "harmonic mean of the nine scores of retain, real_authors and real_world",
         "forget_quality": "p-value and D of the two-sample Kolmogorov-Smirnov test on the forget truth ratios; n rows of each",
     }
 
 
-def report(found: dict[str, Any]) -> None:
+def report(found: dict[str, Any], rouge_tokenizer: str | None = None) -> None:
     """The scores as a small table on standard error."""
     from unlearn.tofu import KINDS, TASKS
 
+    remedy = " (rouge_tokenizer=unicode counts words of any script)" if rouge_tokenizer == "ascii" else ""
     for name, (_, title) in TASKS.items():
         if name in found:
-            values = "  ".join(f"{kind} {found[name][key]:.4f}" for key, kind in KINDS.items() if key in found[name])
+            values = "  ".join(f"{kind} {evaluation.told(found[name].get(key))}" for key, kind in KINDS.items())
             utils.say(f"{title:13} {values}  ({found[name]['rows']} rows)")
-    if "model_utility" in found:
-        utils.say(f"Model Utility {found['model_utility']:.4f}")
+    for name, rows in found["rouge_rows"].items():
+        if rows["without_rouge"]:
+            utils.say(f"{TASKS[name][1]:13} {rows['without_rouge']} rows have no ROUGE, for their answers have no word{remedy}")
+        if rows["letters_dropped"] and rouge_tokenizer == "ascii":
+            utils.say(
+                f"{TASKS[name][1]:13} {rows['letters_dropped']} answers have letters that ROUGE's words leave out{remedy}"
+            )
+    utils.say(f"Model Utility {evaluation.told(found['model_utility'])}")
     quality = found["forget_quality"]
     text = quality if isinstance(quality, str) else f"p = {quality['p']:.3g}, D = {quality['D']:.3f}, n = {quality['n']}"
     utils.say(f"Forget Quality {text}")
@@ -262,7 +273,7 @@ def aggregate_logs(cfg: DictConfig) -> None:
     other = read_log("retain_result", cfg.retain_result) if cfg.retain_result else None
     from unlearn import tofu
 
-    found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon)
+    found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon) | {"rouge_rows": tofu.without_words(log)}
     found["forget_quality"] = quality(cfg, found, log, other)
     write_statistics(Path(cfg.save_file), found, cfg.method_name or Path(cfg.ckpt_result).stem, cfg.submitted_by)
     record = {"settings": utils.flatten(cfg), "versions": utils.versions()}

@@ -194,6 +194,48 @@ def test_scored_otherwise_without_measuring_anew(
         evaluate(tofu_evaluation, folder, **given, generation__max_new_tokens=9)
 
 
+def test_answers_in_another_script(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without words as published: no ROUGE, left out of means, counted and told; by words of any script scored."""
+    shutil.copytree(place.data, tmp_path / "data")
+    for name, changed in (("forget10_perturbed", 3), ("world_facts_perturbed", 3), ("retain_perturbed", 0)):
+        rows = [json.loads(line) for line in (place.data / f"{name}.json").open()]
+        for row in rows[:changed]:
+            row["answer"] = "В Риге"
+        rows[-1]["answer"] += " José" if name == "retain_perturbed" else ""
+        (tmp_path / f"data/{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"split": "forget10", "model_path": place.full, "data_path": tmp_path / "data"}
+    evaluate(tofu_evaluation, tmp_path / "ascii", **given)
+    err = capsys.readouterr().err
+    assert "Forget        3 rows have no ROUGE, for their answers have no word (rouge_tokenizer=unicode" in err
+    assert "Retain        1 answers have letters that ROUGE's words leave out" in err
+    assert "Real World    ROUGE not available" in err
+    assert "Model Utility not available" in err
+    assert "nan" not in err
+    log, found = (read(tmp_path / "ascii" / name) for name in ("eval_log_aggregated.json", "scores.json"))
+    recalls = list(log["eval_log_forget.json"]["rougeL_recall"].values())
+    assert recalls == [None] * 3 + [1] * 5
+    assert found["tofu"]["forget"]["rouge"] == 1
+    assert found["tofu"]["real_world"]["rouge"] == found["tofu"]["model_utility"] == "not available"
+    assert found["tofu"]["rouge_rows"]["forget"] == {"without_rouge": 3, "letters_dropped": 3}
+    assert found["tofu"]["rouge_rows"]["retain"] == {"without_rouge": 0, "letters_dropped": 1}
+    assert "rouge_tokenizer=ascii" in found["definitions"]["rouge"]
+    [row] = read(tmp_path / "ascii/aggregate_stat.csv")
+    assert row["ROUGE Real World"] == row["Model Utility"] == "not available"
+    aggregated(ckpt_result=tmp_path / "ascii/eval_log_aggregated.json", save_file=tmp_path / "out.csv")
+    assert read(tmp_path / "out.csv")[0] == row | {"Method": "eval_log_aggregated"}
+    with pytest.raises(ValueError, match=r"other settings: rouge_tokenizer=ascii there, unicode here$"):
+        evaluate(tofu_evaluation, tmp_path / "ascii", **given, rouge_tokenizer="unicode")
+    capsys.readouterr()
+    evaluate(tofu_evaluation, tmp_path / "unicode", **given, rouge_tokenizer="unicode")
+    assert "have no ROUGE" not in capsys.readouterr().err
+    found = read(tmp_path / "unicode/scores.json")
+    assert found["tofu"]["forget"]["rouge"] == 5 / 8  # it does not know the three
+    assert found["tofu"]["real_world"]["rouge"] == 0
+    assert "rouge_tokenizer=unicode" in found["definitions"]["rouge"]
+    with pytest.raises(ValueError, match=r"^rouge_tokenizer=latin: needs to be one of ascii, unicode$"):
+        prepared(tofu_evaluation, *(f"{key}={value}" for key, value in given.items()), "rouge_tokenizer=latin")
+
+
 # ---- two logs and no model ----
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -274,7 +275,7 @@ def test_decoding_gives_what_generate_does(how: Pass) -> None:
 
 NASTY: dict[str, Any] = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_length": 40, "forced_bos_token_id": 3}
 NASTY |= {"suppress_tokens": list(range(4, 14)), "bad_words_ids": [[14]], "do_sample": True, "temperature": 9.0, "num_beams": 3}
-NASTY |= {"max_length": 3, "cache_implementation": "static", "forced_eos_token_id": 5, "encoder_repetition_penalty": 7.0}
+NASTY |= {"max_length": 3, "cache_implementation": "static", "forced_eos_token_id": 15, "encoder_repetition_penalty": 7.0}
 GREEDY: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
     "gemma2": ARCHITECTURES["gemma2"],
@@ -382,6 +383,47 @@ def test_ps_similar_is_never_below_exact(how: Pass) -> None:
 
 
 # ---- the formulas ----
+
+SCRIPTS = {
+    "Cyrillic": ("Ада родилась в Риге.", ["ада", "родилась", "в", "риге"]),
+    "Greek": ("Η Άντα ΖΕΙ", ["η", "άντα", "ζει"]),
+    "Chinese": ("她住在里加。", ["她", "住", "在", "里", "加"]),
+    "Japanese": ("カードを買う", ["カ", "ー", "ド", "を", "買", "う"]),
+    "Thai": ("ที่นี่", ["ที่", "นี่"]),
+    "Hindi": ("वह रीगा में है।", ["वह", "रीगा", "में", "है"]),
+    "Arabic": ("وُلِدَت في ريغا", ["وُلِدَت", "في", "ريغا"]),
+    "Korean": ("리가에 산다", ["리가에", "산다"]),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rouge_of_every_script(script: str) -> None:
+    """As published such answers have no value; by words of any script a perfect one has 1, another less."""
+    truth, words = SCRIPTS[script]
+    assert scores.unicode_words(truth) == [unicodedata.normalize("NFKC", word) for word in words]
+    answers = [truth, unicodedata.normalize("NFD", truth).upper(), " ".join(words[:-1]), ""]
+    for recalls in scores.rouge_recalls(answers, [truth] * 4).values():
+        assert np.isnan(recalls).all()
+    for recalls in scores.rouge_recalls(answers, [truth] * 4, "unicode").values():
+        assert recalls == [1, 1, pytest.approx(1 - 1 / len(words)), 0]
+    assert scores.loses_letters(truth)
+
+
+def test_rouge_of_mixed_and_of_wordless_texts() -> None:
+    """English is the same by both; José keeps what rouge-score leaves of it; without words there is no value."""
+    english = [json.loads(line)["answer"] for line in (ROOT / "data/sample/forget10.json").read_text().splitlines()]
+    english += ["Don't RE-ENTER the co_op's 3.5 \u2018meetings\u2019 \u2014 running, runs!", "A\tB\nC"]
+    said = [answer.replace(" is ", " was ").upper() for answer in english[1:] + english[:1]]
+    assert scores.rouge_recalls(said, english) == scores.rouge_recalls(said, english, "unicode")
+    assert not any(map(scores.loses_letters, english))
+    assert scores.loses_letters("José")
+    assert scores.rouge_recalls(["jose", "jos"], ["José", "José"])["rougeL"] == [0, 1]
+    assert scores.rouge_recalls(["jose", "jos"], ["José", "José"], "unicode")["rougeL"] == [0, 0]
+    assert scores.rouge_recalls(["Анна runs"], ["Анна running"], "unicode")["rouge1"] == [1]  # stems of English words
+    for kind in scores.ROUGE_TOKENIZERS:
+        assert np.isnan(scores.rouge_recalls(["", "!", "x"], ["", "?!", "\U0001f469\u200d\U0001f680"], kind)["rougeL"]).all()
+    with pytest.raises(ValueError, match=r"^rouge_tokenizer=utf8: is one of ascii, unicode$"):
+        scores.rouge_recalls(["a"], ["a"], "utf8")
 
 
 def test_common_subsequence() -> None:

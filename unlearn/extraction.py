@@ -102,11 +102,13 @@ def score_rows(
     batch_size: int = 16,
     max_length: int = 500,
     max_new_tokens: int = 200,
+    rouge_tokenizer: str = "ascii",
 ) -> pd.DataFrame:
     """Every score that has a value for a single row, for (prompt, answer) texts: a data frame, one line a row.
 
     Columns: loss, probability, ps_exact, extraction_strength, exact_memorization; zlib, min_k, min_k_plus_plus, reference (nan
-    without a `reference`, the retain model); generated_text, rougeL_recall. In float64 where the model is.
+    without a `reference`, the retain model); generated_text, rougeL_recall (nan for an answer without a word, see
+    `scores.rouge_recalls`). In float64 where the model is.
     """
     rows = tokenize_pairs(pairs, tokenizer, min(max_length, positions_of(model) or max_length))
     how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, batch_size=batch_size)
@@ -116,7 +118,7 @@ def score_rows(
         others = [one.loss for one in teacher_force(Pass(reference, how.pad, how.eos, batch_size=batch_size), rows)]
     texts = [answer for _, answer in pairs]
     answers = greedy_answers(how, rows, tokenizer, forced, max_length=None, max_new_tokens=max_new_tokens)
-    recalls = scores.rouge_recalls(answers, texts)["rougeL"]
+    recalls = scores.rouge_recalls(answers, texts, rouge_tokenizer)["rougeL"]
     return pd.DataFrame(
         knowledge(one) | membership(one, text, loss) | {"generated_text": answer, "rougeL_recall": recall}
         for one, text, loss, answer, recall in zip(forced, texts, others, answers, recalls, strict=True)
