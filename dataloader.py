@@ -15,13 +15,12 @@ import torch
 from torch.utils.data import Dataset
 
 from unlearn.rows import Row, collate, counts, tokenize_pairs
-from utils import RETAIN_OF, Family, default_holdout, read_jsonl
+from utils import IDK, RETAIN_OF, Family, default_holdout, read_jsonl
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
-IDK = Path(__file__).parent / "data" / "idontknow.jsonl"
 T = TypeVar("T")
 ANSWER = "\ue000answer\ue000"  # stands where a chat template puts the answer; private-use characters, in no one's text
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import settings
 import utils
-from unlearn.files import remove_whole, write_whole
+from unlearn.files import TOKENIZER, fingerprint, lacks_tokenizer, remove_whole, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -208,14 +208,24 @@ class Models:
 class Progress:
     """The parts of one evaluation, each kept in the results' folder until the whole is written: a killed one goes on there."""
 
-    def __init__(self, cfg: DictConfig, target: Target, name: str, may_differ: set[str], weights: list[str]) -> None:
-        """Raises ValueError where the folder holds an evaluation of other settings. Results of other weights are dropped."""
+    def __init__(
+        self, cfg: DictConfig, target: Target, name: str, may_differ: set[str], weights: list[str], data: dict[str, str]
+    ) -> None:
+        """Results of other weights are dropped.
+
+        Args:
+            weights: the models whose results these are.
+            data: a hash of each set's rows.
+
+        Raises:
+            ValueError: the folder holds an evaluation of other settings or data.
+        """
         self.target, self.resume = target, target.folder / "resume" / name
         self.record_file = target.folder / f"{name}.yaml"
-        utils.check_run(target.folder, cfg, MAY_DIFFER | may_differ, self.record_file.name)
-        self.record = utils.record_of(cfg) | {"weights": {path: utils.weights_of(path) for path in weights}}
+        utils.check_run(target.folder, cfg, MAY_DIFFER | may_differ, self.record_file.name, {"data": data})
+        self.record = utils.record_of(cfg, {"data": data} | _models(cfg, weights))
         before = utils.read_record(self.record_file) if self.record_file.exists() else {}
-        self.fresh = before.get("weights") != self.record["weights"]
+        self.fresh = not _same_models(before, self.record)
         self.finished = not self.fresh and before.get("finished") is True
         self.same = not self.fresh and _what_counts(before["settings"]) == _what_counts(self.record["settings"])
         self.found = {} if self.fresh else {file.stem: utils.read_json(file) for file in self.resume.glob("*.json")}
@@ -245,6 +255,23 @@ class Progress:
 
     def _note(self, **more: Any) -> None:
         write_whole(self.record_file, yaml.safe_dump(self.record | more, sort_keys=False))
+
+
+def _models(cfg: DictConfig, paths: Sequence[str]) -> dict[str, Any]:
+    """What tells each model from others; and the family's tokenizer, where one has none of its own."""
+    borrowed = Path(cfg.hf_key).is_dir() and any(map(lacks_tokenizer, paths))
+    return {
+        "weights": {path: utils.weights_of(path) for path in paths},
+        "tokenizer": fingerprint(Path(cfg.hf_key), TOKENIZER) if borrowed else None,
+    }
+
+
+def _same_models(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a record is of these models, as far as what an earlier version noted tells."""
+    noted = before.get("weights")
+    if not isinstance(noted, dict) or noted.keys() != now["weights"].keys():
+        return False
+    return before.get("tokenizer", now["tokenizer"]) == now["tokenizer"] and all(map(utils.is_of, noted, noted.values()))
 
 
 def _what_counts(made_of: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,18 @@ def read_rows(cfg: DictConfig) -> dict[str, Rows]:
     }
 
 
+def hash_data(cfg: DictConfig, rows: dict[str, Rows]) -> dict[str, str]:
+    """A hash of each split's rows, or of each local file's, as far as they are read."""
+    if cfg.forget_data is not None:
+        return {f"{name}_data": utils.hash_rows(rows[name], utils.ALL_TEXTS) for name in ("forget", "retain")}
+    perturbed = {f"{cfg.split}_perturbed": rows["forget"], "retain_perturbed": rows["retain"]}
+    own = {cfg.split: rows["forget"], utils.RETAIN_OF[cfg.split]: rows["retain"], holdout_split(cfg): rows["holdout"]}
+    more = utils.ALL_TEXTS[len(utils.TEXTS) :]
+    return {name: utils.hash_rows(given) for name, given in own.items()} | {
+        name: utils.hash_rows(given, more) for name, given in perturbed.items()
+    }
+
+
 def joined(rows: Rows, perturbed: Rows) -> Rows:
     """The rows with what their perturbed ones, found by question, have beside: paraphrases and wrong answers."""
     by_question = {row["question"]: row for row in perturbed}
@@ -115,7 +127,7 @@ def evaluate(
 ) -> None:
     """One model's results, `of` and `similar_of` giving what is measured at a path."""
     weights = [target.path, cfg.original_path, *([cfg.retain_path] if cfg.retain_path else [])]
-    progress = evaluation.Progress(cfg, target, "evaluation_everything", MAY_DIFFER, weights)
+    progress = evaluation.Progress(cfg, target, "evaluation_everything", MAY_DIFFER, weights, hash_data(cfg, rows))
     if progress.finished and progress.same:
         return utils.say(f"{target.path} is evaluated already: {target.folder}")
     measured: dict[str, dict[str, Rows]] = {}

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 import planning
 import settings
 import utils
-from unlearn.files import count_parameters, written_beside
+from unlearn.files import count_parameters, hash_file, written_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
         settings.check_layer(cfg.model_path, cfg.method.layer)
     cfg.save_dir = str(folder_of(cfg))
     settings.check_folder(Path(cfg.save_dir))
-    utils.check_run(Path(cfg.save_dir), cfg)
+    utils.check_run(Path(cfg.save_dir), cfg, made_of=made_of(cfg))
     if rows is not None and Path(cfg.model_path).is_dir() and not cfg.LoRA.r:
         steps, _ = utils.count_steps(cfg, rows)
         settings.check_disk(cfg, checkpoints(cfg, steps), count_parameters(Path(cfg.model_path)))
@@ -56,6 +56,16 @@ def folder_of(cfg: DictConfig) -> Path:
     if cfg.save_dir is not None:
         return Path(cfg.save_dir)
     return Path(str(utils.run_folder(cfg)) + utils.override_suffix(cfg, "forget"))
+
+
+def made_of(cfg: DictConfig) -> utils.MadeOf:
+    """What tells the run's rows and its original model from others."""
+    data = utils.hash_data(cfg, (cfg.split, utils.RETAIN_OF[cfg.split]))
+    if cfg.retain_holdout is None and cfg.forget_data is None:  # then its number of rows is what is held out
+        data |= utils.hash_data(cfg, ("retain_perturbed",), texts=())
+    if cfg.method.answers == "idk":
+        data[utils.IDK.stem] = hash_file(utils.IDK)
+    return {"data": data, "models": utils.hash_models(cfg, "model_path")}
 
 
 def original_of(cfg: DictConfig, family: utils.Family) -> str:
@@ -87,7 +97,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     folder = Path(cfg.save_dir)
     data = dataloader.unlearning_data(cfg)
     steps, per_epoch = utils.count_steps(cfg, len(data.forget))
-    utils.open_run(folder, cfg)
+    utils.open_run(folder, cfg, made_of(cfg))
     if is_done(folder, steps):
         utils.close_run(folder)
         return utils.say(f"{folder} is done already: {steps} steps" + not_there(cfg, steps))

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from unlearn.files import base_of
 from unlearn.signals import Stopped, stop_at_once
 from utils import (
+    ALL_TEXTS,
     CONFIG,
     FORGET_SPLITS,
     RETAIN_OF,
@@ -490,8 +491,6 @@ def check_disk(cfg: DictConfig, checkpoints: set[Path], parameters: int) -> None
 
 # ---- checkpoints and data, before they are loaded ----
 
-OF_ROWS = ("question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer")
-
 
 def check_finetune_data(cfg: DictConfig) -> None:
     """Raises ValueError where the split is none, or its data are not there, wrong, or too few for a step."""
@@ -650,7 +649,7 @@ def check_rows(file: str | Path, key: str = "data_path", also: Sequence[str] = (
         if missing := [name for name in needed if row.get(name) is None]:
             kinds = {name: type(value).__name__ for name, value in row.items()}
             raise ValueError(f"{key}={file}, row {number}: needs {' and '.join(map(repr, missing))}, and has {kinds}")
-        for name in {*needed, *OF_ROWS} & row.keys():
+        for name in {*needed, *ALL_TEXTS} & row.keys():
             texts, what = (row[name], "a list of texts") if name == "perturbed_answer" else ([row[name]], "a text")
             if any(isinstance(x, str) and re.search("[\ud800-\udfff]", x) for x in texts):
                 raise ValueError(f"{key}={file}, row {number}: {name!r} holds half a surrogate pair, which is no text")

@@ -40,7 +40,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
     if cfg.generation.max_length is None and cfg.generation.max_new_tokens is None:
         raise ValueError("generation.max_length=null: give generation.max_new_tokens=N")
     if cfg.forget_data is None:
-        for split in (*SETS.values(), f"{cfg.split}_perturbed"):
+        for split in splits(cfg).values():
             settings.check_split(cfg.data_path, split)
     if cfg.retain_result is not None and (rows := rows_at_hand(cfg)) is not None:
         check_questions(cfg, rows)
@@ -96,7 +96,7 @@ def run(cfg: DictConfig) -> None:
     targets = evaluation.targets(cfg)
     for target in targets:
         with utils.alone(target.folder):
-            evaluate(cfg, target, list(sets), measure)
+            evaluate(cfg, target, sets, measure)
     evaluation.draw_run(targets)
 
 
@@ -107,8 +107,14 @@ def read_sets(cfg: DictConfig) -> dict[str, list[dict[str, Any]]]:
     if cfg.forget_data is not None:
         data = dataloader.unlearning_data(cfg)
         return {"retain": data.held_out[: cfg.ds_size], "forget": data.forget[: cfg.ds_size]}
-    names = SETS | {"forget": f"{cfg.split}_perturbed"}
-    return {name: dataloader.read_split(cfg.data_path, split)[: cfg.ds_size] for name, split in names.items()}
+    return {name: dataloader.read_split(cfg.data_path, split)[: cfg.ds_size] for name, split in splits(cfg).items()}
+
+
+def splits(cfg: DictConfig) -> dict[str, str]:
+    """Each set's split, or the key of the local file in its place."""
+    if cfg.forget_data is not None:
+        return {"retain": "retain_data", "forget": "forget_data"}
+    return SETS | {"forget": f"{cfg.split}_perturbed"}
 
 
 def measure_set(
@@ -138,7 +144,9 @@ def measure_set(
     )
 
 
-def retain_log(cfg: DictConfig, target: evaluation.Target, measure: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
+def retain_log(
+    cfg: DictConfig, target: evaluation.Target, measure: Callable[..., dict[str, Any]], data: str
+) -> dict[str, Any] | None:
     """The retain model's log, of the forget rows at least; None where there is no such model.
 
     One that was measured stays in the results' folder: those rows are not measured anew to be scored otherwise.
@@ -147,20 +155,26 @@ def retain_log(cfg: DictConfig, target: evaluation.Target, measure: Callable[...
         return read_log("retain_result", cfg.retain_result)
     if cfg.retain_path is None:
         return None
-    file, weights = target.folder / "retain_model.json", utils.weights_of(cfg.retain_path)
+    file = target.folder / "retain_model.json"
     found = utils.read_object(file) if file.exists() else {}
-    if found.get("weights") != weights:
+    if "log" not in found or found.get("data", data) != data or not utils.is_of(cfg.retain_path, found.get("weights")):
         log = {"eval_log_forget.json": measure(cfg.retain_path, "forget", answers=False)}
-        found = {"model": cfg.retain_path, "weights": weights, "log": log}
+        found = {"model": cfg.retain_path, "weights": utils.weights_of(cfg.retain_path), "data": data, "log": log}
         if utils.is_main_process():
             utils.write_json(file, found)
     return dict(found["log"])
 
 
-def evaluate(cfg: DictConfig, target: evaluation.Target, sets: list[str], measure: Callable[..., dict[str, Any]]) -> None:
+def evaluate(
+    cfg: DictConfig,
+    target: evaluation.Target,
+    sets: dict[str, list[dict[str, Any]]],
+    measure: Callable[..., dict[str, Any]],
+) -> None:
     from unlearn import tofu
 
-    progress = evaluation.Progress(cfg, target, "tofu_evaluation", MAY_DIFFER, [target.path])
+    data = {splits(cfg)[name]: utils.hash_rows(rows, utils.ALL_TEXTS) for name, rows in sets.items()}
+    progress = evaluation.Progress(cfg, target, "tofu_evaluation", MAY_DIFFER, [target.path], data)
     log_file = target.folder / "eval_log_aggregated.json"
     if progress.finished and log_file.exists():
         log = utils.read_object(log_file)
@@ -172,7 +186,7 @@ def evaluate(cfg: DictConfig, target: evaluation.Target, sets: list[str], measur
         if utils.is_main_process():
             utils.write_json(log_file, log)
     found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon) | {"rouge_rows": tofu.without_words(log)}
-    other = retain_log(cfg, target, measure) if "truth_ratio" in found["forget"] else None
+    other = retain_log(cfg, target, measure, data[splits(cfg)["forget"]]) if "truth_ratio" in found["forget"] else None
     found["forget_quality"] = quality(cfg, found, log, other)
     if utils.is_main_process():
         write(cfg, target, progress, found)

@@ -5,6 +5,7 @@ Nothing here imports torch before it must: a mistyped command is answered at onc
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +24,18 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from unlearn.files import base_of, count_parameters, fingerprint, locked, remove_whole, write_whole
+from unlearn.files import (
+    TOKENIZER,
+    base_of,
+    count_parameters,
+    fingerprint,
+    hash_file,
+    is_noted,
+    lacks_tokenizer,
+    locked,
+    remove_whole,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +50,9 @@ RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain
 TRAIN_SPLITS = ("full", *RETAIN_OF.values())
 
 HUB_TOFU = "locuslab/TOFU"
+IDK = ROOT / "data" / "idontknow.jsonl"
+TEXTS = ("question", "answer")  # of a row, that training reads
+ALL_TEXTS = (*TEXTS, "paraphrased_question", "paraphrased_answer", "perturbed_answer")  # that an evaluation reads
 MOST_STEPS = 10_000_000  # whose rows are drawn before the first
 
 # Keys whose value leaves the weights alone, or stands in a run folder's name already, or is a path.
@@ -193,32 +209,93 @@ def override_suffix(cfg: DictConfig, config_name: str) -> str:
     return "".join(f"_{key}={value}" for key, value in sorted(changed.items()) if key not in copies)
 
 
+# What a run is made of beside its settings, by its kind and name: {"data": {split: hash}, "models": {key: hash}}.
+MadeOf = Mapping[str, Mapping[str, str]]
+
+
 def check_run(
-    folder: Path, cfg: DictConfig, may_differ: set[str] | frozenset[str] = frozenset(), name: str = "config.yaml"
+    folder: Path,
+    cfg: DictConfig,
+    may_differ: set[str] | frozenset[str] = frozenset(),
+    name: str = "config.yaml",
+    made_of: MadeOf | None = None,
 ) -> None:
-    """Raises ValueError where the folder holds a run of other settings: which ones, and both values."""
+    """Raises ValueError where the folder holds a run of other settings, data or models: which ones.
+
+    What an earlier version did not note is taken to be the same.
+    """
     file = folder / name
-    if file.exists():
-        if not isinstance(there := read_record(file).get("settings"), dict):
-            raise ValueError(f"{file}: holds no run's settings; mend it, or remove what it was written beside")
-        before, now = flatten(there), flatten(run_settings(cfg))
-        differ = [key for key in now if key not in PLACES | may_differ and before.get(key, now[key]) != now[key]]
-        if differ:
-            listed = "; ".join(f"{key}={before.get(key)} there, {now[key]} here" for key in differ)
-            raise ValueError(f"{folder} holds a run of other settings: {listed}")
+    if not file.exists():
+        return
+    record = read_record(file)
+    if not isinstance(there := record.get("settings"), dict):
+        raise ValueError(f"{file}: holds no run's settings; mend it, or remove what it was written beside")
+    before, now = flatten(there), flatten(run_settings(cfg))
+    differ = [key for key in now if key not in PLACES | may_differ and before.get(key, now[key]) != now[key]]
+    if differ:
+        listed = "; ".join(f"{key}={before.get(key)} there, {now[key]} here" for key in differ)
+        raise ValueError(f"{folder} holds a run of other settings: {listed}")
+    for kind, found in (made_of or {}).items():
+        noted = record.get(kind) or {}
+        if changed := [name for name, value in found.items() if noted.get(name, value) != value]:
+            listed = ", ".join(place_of(cfg, name) for name in changed)
+            raise ValueError(f"{folder} holds a run of other {kind}: {listed}: is not what it was; give save_dir=FOLDER")
 
 
-def open_run(folder: Path, cfg: DictConfig) -> None:
-    """Make the run's folder with its config.yaml: all settings, their hash, and the versions of what it runs on."""
+def open_run(folder: Path, cfg: DictConfig, made_of: MadeOf | None = None) -> None:
+    """Make the run's folder with its config.yaml: all settings, their hash, what it is made of, and versions."""
     if is_main_process() and not (folder / "config.yaml").exists():
-        write_whole(folder / "config.yaml", yaml.safe_dump(record_of(cfg), sort_keys=False))
+        write_whole(folder / "config.yaml", yaml.safe_dump(record_of(cfg, made_of), sort_keys=False))
 
 
-def record_of(cfg: DictConfig) -> dict[str, Any]:
-    """What a result came from: all settings, their hash, and the versions of what it ran on."""
-    made_of = run_settings(cfg)
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return {"settings": made_of, "hash": digest, "versions": versions()}
+def record_of(cfg: DictConfig, made_of: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a result came from: all settings, their hash, the data's and models' hashes, and the versions of what it ran on."""
+    chosen = run_settings(cfg)
+    digest = hash_text(json.dumps(chosen, sort_keys=True, default=str))[:12]
+    return {"settings": chosen, "hash": digest, **(made_of or {}), "versions": versions()}
+
+
+def hash_data(cfg: DictConfig, splits: Iterable[str], texts: Sequence[str] = TEXTS) -> dict[str, str]:
+    """A hash of the rows of each split, or of the local files in their place; none of what only the hub has.
+
+    Args:
+        texts: what of the rows is read.
+    """
+    found = {}
+    for name in [key for key in ("forget_data", "retain_data") if cfg[key] is not None] or splits:
+        if (file := file_of(cfg, name)).is_file():
+            found[name] = hash_rows(read_jsonl(file), texts)
+        elif parts := sorted(Path(cfg.data_path).glob(f"**/{name}*.parquet")):
+            found[name] = hash_text("".join(map(hash_file, parts)))
+    return found
+
+
+def hash_rows(rows: Iterable[Mapping[str, Any]], texts: Sequence[str] = TEXTS) -> str:
+    return hash_text(json.dumps([[row.get(text) for text in texts] for row in rows]))
+
+
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_models(cfg: DictConfig, *keys: str) -> dict[str, str]:
+    """A hash of each key's model; of the family's tokenizer too, where a model has none of its own."""
+    found = {key: weights_of(cfg[key]) for key in keys}
+    if any(lacks_tokenizer(cfg[key]) for key in keys) and Path(cfg.hf_key).is_dir():
+        found["hf_key"] = fingerprint(Path(cfg.hf_key), TOKENIZER)
+    return found
+
+
+def file_of(cfg: DictConfig, name: str) -> Path:
+    """The file of a split, of the key of a local file, or of the sentences of `method=idk`."""
+    if name == IDK.stem:
+        return IDK
+    return Path(cfg[name]) if name in ("forget_data", "retain_data") else Path(cfg.data_path, f"{name}.json")
+
+
+def place_of(cfg: DictConfig, name: str) -> str:
+    """A key of the settings with its value; a split with its file."""
+    return f"{name}={cfg[name]}" if name in cfg else f"{name} ({file_of(cfg, name)})"
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
@@ -325,8 +402,13 @@ def run_checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def weights_of(path: str) -> str:
-    """What tells a model's weights from others: those of a folder by their bytes, those of the hub by their name."""
+    """What tells a model from others: one of a folder by its files' bytes, one of the hub by its name."""
     return fingerprint(Path(path)) if Path(path).is_dir() else path
+
+
+def is_of(path: str, noted: Any) -> bool:
+    """Whether `weights_of(path)` is what was noted, perhaps by an earlier version, if anything was (not None)."""
+    return noted is None or (is_noted(Path(path), str(noted)) if Path(path).is_dir() else path == noted)
 
 
 def find_path(path: str) -> str:
@@ -377,21 +459,35 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. Raises ValueError where a line is none, or where there are none."""
-    rows = []
-    lines = Path(path).read_bytes().split(b"\n")  # str.splitlines would cut a text at U+2028 or U+0085, too
-    for number, line in enumerate(lines, start=1):
+    """The objects of a JSON-lines file, or of one array. Raises ValueError where one is none, or where there are none."""
+    text = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    found = _items(path, text) if text.lstrip().startswith(b"[") else _lines(path, text)
+    for place, row in found:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, {place}: not a JSON object ({row!r:.40})")
+    if not found:
+        raise ValueError(f"{path}: no rows; needs lines of JSON with the texts 'question' and 'answer'")
+    return [row for _, row in found]
+
+
+def _lines(path: str | Path, text: bytes) -> list[tuple[str, Any]]:
+    """Each line's value, with its place."""
+    found = []
+    for number, line in enumerate(text.split(b"\n"), start=1):  # str.splitlines would cut a text at U+2028 or U+0085, too
         if line.strip():
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                found.append((f"line {number}", json.loads(line.decode())))
             except ValueError as error:  # also text that is not UTF-8
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object ({row!r:.40})")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no rows; needs lines of JSON with the texts 'question' and 'answer'")
-    return rows
+    return found
+
+
+def _items(path: str | Path, text: bytes) -> list[tuple[str, Any]]:
+    """Each item of an array, with its place."""
+    try:
+        return [(f"item {number}", item) for number, item in enumerate(json.loads(text.decode()), start=1)]
+    except ValueError as error:
+        raise ValueError(f"{path}: begins as one array, and is not JSON ({error})") from error
 
 
 # ---- training ----

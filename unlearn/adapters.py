@@ -132,5 +132,9 @@ def merged(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     """The model with the adapter of a folder added to its weights."""
     from peft import PeftModel
 
-    found: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    with_adapter = PeftModel.from_pretrained(model, folder)
+    if model.dtype == torch.float64:  # peft multiplies A and B as they are in the file
+        for parameter in with_adapter.parameters():
+            parameter.data = parameter.data.double()
+    found: PreTrainedModel = with_adapter.merge_and_unload()
     return found.requires_grad_(True)

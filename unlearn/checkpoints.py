@@ -24,15 +24,10 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available, logging
 
 from unlearn.adapters import has_adapters, merged, read_adapter
-from unlearn.files import base_of, remove_whole, written_whole
+from unlearn.files import base_of, lacks_tokenizer, remove_whole, written_whole
 from unlearn.sharding import like
 
 Weights = Mapping[str, Tensor]
-
-
-def lacks_tokenizer(path: str) -> bool:
-    """Whether the path is a folder without one."""
-    return Path(path).is_dir() and not any(Path(path).glob("tokenizer*"))
 
 
 def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
@@ -117,7 +112,7 @@ def load_weights(model: PreTrainedModel, path: str) -> None:
 def read_weights(model: PreTrainedModel, path: str) -> dict[str, Tensor]:
     """A checkpoint's weights by name, as the model has them in type and place. Raises ValueError as `load_weights` does."""
     with no_bars():
-        there = dict(load_model(path, torch.device("cpu")).named_parameters())
+        there = dict(load_model(path, torch.device("cpu"), dtype=model.dtype).named_parameters())
     for name, parameter in model.named_parameters():
         shape = tuple(there[name].shape) if name in there else "nothing"
         if shape != tuple(parameter.shape):
