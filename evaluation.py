@@ -186,8 +186,7 @@ class Models:
         kind = torch.float64 if float64 else torch.float32
         made_here = lacks_tokenizer(path) and self.family.from_scratch  # then it is with the family's fine-tuned model
         beside = utils.original_model(self.family, self.cfg) if made_here else self.family.hf_key
-        flash = self.family.flash_attention2 and bf16
-        self.tokenizer, model = load(path, beside, utils.model_device(self.cfg), flash, kind)
+        self.tokenizer, model = load(path, beside, utils.model_device(self.cfg), dtype=kind)
         if self.cfg.parallel == "fsdp":
             shard(model)
         return Pass(model, pad_id(self.tokenizer), self.tokenizer.eos_token_id, bf16, self.cfg.batch_size)

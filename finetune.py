@@ -31,7 +31,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
     cfg.num_epochs = family.finetune_epochs if cfg.num_epochs is None else cfg.num_epochs
     settings.check_finetune_data(cfg)
     settings.check_logger(cfg.logger)
-    settings.check_optimizer(cfg.optim)
+    settings.check_optimizer(cfg.optim, cfg.parallel)
     if not family.from_scratch:
         settings.check_checkpoint("hf_key", family.hf_key)
     if cfg.save_dir is None:

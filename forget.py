@@ -34,7 +34,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
     cfg.lr = utils.learning_rate(cfg, family.unlearn_lr)
     rows = settings.check_forget_data(cfg)
     settings.check_logger(cfg.logger)
-    settings.check_optimizer(cfg.optim)
+    settings.check_optimizer(cfg.optim, cfg.parallel)
     cfg.model_path = original_of(cfg, family)
     if cfg.method.name in ("gd", "kl") and cfg.retain.name != cfg.method.name:
         raise ValueError(

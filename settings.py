@@ -38,6 +38,7 @@ from utils import (
     count_steps,
     default_holdout,
     defaults_of,
+    end_processes,
     find_path,
     flatten,
     is_checkpoint,
@@ -45,6 +46,7 @@ from utils import (
     load_family,
     read_jsonl,
     read_object,
+    set_deterministic,
     why_no_checkpoint,
 )
 
@@ -70,6 +72,8 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
     def job(cfg: DictConfig) -> Any:  # Hydra would print a line of its own, and stop a sweep
         with noted(cfg) as failed:
             try:
+                if "torch" in sys.modules or cfg.get("deterministic"):
+                    set_deterministic(bool(cfg.get("deterministic")))
                 return run(cfg)
             except Exception as error:
                 failed.append(one_line(error, config_name))
@@ -95,6 +99,7 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
         codes.append(1)
     if codes:
         sys.exit(max(codes))
+    end_processes()
 
 
 def open_sweep(args: argparse.Namespace, config_name: str) -> Path:
@@ -359,6 +364,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gradient_checkpointing": BOOL,
     "loss_on_answer_tag": BOOL,
     "debug": BOOL,
+    "deterministic": BOOL,
 }
 FLOAT64 = {"dtype": _one_of("auto", "float32", "bfloat16", "float64")}
 VALID_OF = {"forget_ge": FLOAT64, "eval_tofu": FLOAT64, "eval_everything": FLOAT64}  # of one configuration
@@ -440,9 +446,14 @@ def check_logger(logger: str | None) -> None:
         raise ValueError(f"logger={logger}: not installed; pip install {logger}")
 
 
-def check_optimizer(name: str) -> None:
-    """Raises ValueError where the library that the optimiser is of is not installed."""
+def check_optimizer(name: str, parallel: str) -> None:
+    """Raises ValueError where the optimiser can't take shards, or the library that it is of is not installed."""
     library = OPTIMIZERS[name].library
+    if library == "bitsandbytes" and parallel == "fsdp":
+        others = ", ".join(other for other, of in OPTIMIZERS.items() if of.library != library)
+        raise ValueError(
+            f"optim={name}: bitsandbytes can't take shards (parallel=fsdp); adamw_torch_8bit keeps as little, of {others}"
+        )
     if library is not None and importlib.util.find_spec(library) is None:
         others = ", ".join(other for other, of in OPTIMIZERS.items() if of.library is None)
         raise ValueError(f"optim={name}: is of {library}, which is not installed; pip install {library}, or one of {others}")

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +54,26 @@ HUB_TOFU = "locuslab/TOFU"
 IDK = ROOT / "data" / "idontknow.jsonl"
 TEXTS = ("question", "answer")  # of a row, that training reads
 ALL_TEXTS = (*TEXTS, "paraphrased_question", "paraphrased_answer", "perturbed_answer")  # that an evaluation reads
+PATIENCE = timedelta(hours=6)  # of processes for one another: the first of them may write 75 GiB
 MOST_STEPS = 10_000_000  # whose rows are drawn before the first
 
 # Keys whose value leaves the weights alone, or stands in a run folder's name already, or is a path.
 UNNAMED = {
     *("model_family", "split", "lr", "num_epochs", "weight_decay", "hyper_param", "method.layer"),
     *("model_path", "hf_key", "data_path", "forget_data", "retain_data", "save_dir", "output_dir"),
-    *("gradient_checkpointing", "parallel", "save_steps", "keep_last", "save_dtype", "logger", "debug", "plan", "plan_for"),
-    *("method.name", "method.run_name", "retain.name", "geffect.offload"),
+    *(
+        "gradient_checkpointing",
+        "parallel",
+        "save_steps",
+        "keep_last",
+        "save_dtype",
+        "logger",
+        "debug",
+        "plan",
+        "plan_for",
+        "deterministic",
+    ),
+    *("method.name", "method.run_name", "retain.name", "geffect.offload", "deterministic"),
     *("eval.every", "geffect.every", "geffect.retain_rows", "geffect.instances", "geffect.norms"),
 }
 # What may differ when a run is started again.
@@ -528,7 +541,7 @@ def device() -> torch.device:
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available()).device
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).device
 
 
 def model_device(cfg: DictConfig) -> torch.device:
@@ -537,6 +550,23 @@ def model_device(cfg: DictConfig) -> torch.device:
 
     here = device()
     return torch.device("cpu") if cfg.parallel == "fsdp" and processes() > 1 else here
+
+
+def set_deterministic(on: bool) -> None:
+    """Whether CUDA's kernels give the same bits each time, where PyTorch has such; call it before CUDA starts."""
+    import torch
+
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+    torch.use_deterministic_algorithms(on)
+
+
+def end_processes() -> None:
+    """End the process group that torchrun's processes share, if one was started, when all have come to the end."""
+    if (torch := sys.modules.get("torch")) and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # who ends first closes connections that the others still listen on
+        torch.distributed.destroy_process_group()
 
 
 def processes() -> int:

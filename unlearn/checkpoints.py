@@ -80,7 +80,8 @@ def load_model(
     """
     if (base := base_of(path)) is not None:
         return merged(load_model(base, device, flash_attention, dtype), path)
-    how = "sdpa" if dtype == torch.float64 else attention(device, flash_attention)  # the plain one's softmax is float32
+    runs_on = PartialState().device  # not where it is loaded: a model that is to be sharded is loaded on the CPU
+    how = "sdpa" if dtype == torch.float64 else attention(runs_on, flash_attention)  # the plain one's softmax is float32
     with named(path, "config.json"):
         config = AutoConfig.from_pretrained(path)
     with named(path, "model"):
@@ -142,7 +143,7 @@ def new_model(path: str, texts: list[str], seed: int, device: torch.device) -> t
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention(device))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention(PartialState().device))
     return tokenizer, model.to(device)
 
 

@@ -39,7 +39,8 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     for part in (model.get_decoder(), model):
         lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
         if lists:
-            return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
+            sizes = [sum(p.numel() for p in found.parameters()) for found in lists]
+            return list(lists[sizes.index(max(sizes))])
     return []
 
 
@@ -65,16 +66,18 @@ def like(parameter: Tensor, full: Tensor) -> Tensor:
     return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def zeros(parameter: Tensor, stack: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """(*stack, *parameter.shape) zeros, split over the processes as the parameter is."""
+def zeros(parameter: Tensor, stack: tuple[int, ...], dtype: torch.dtype, offload: bool = False) -> Tensor:
+    """(*stack, *parameter.shape) zeros, split over the processes as the parameter is; `offload`: in CPU memory."""
     here = local(parameter)
-    found = here.new_zeros((*stack, *here.shape), dtype=dtype)
     if not isinstance(parameter, DTensor):
-        return found
+        device = "cpu" if offload else here.device
+        return torch.zeros((*stack, *here.shape), dtype=dtype, device=device, pin_memory=offload and here.is_cuda)
+    found = here.new_zeros((*stack, *here.shape), dtype=dtype)
     shape = torch.Size((*stack, *parameter.shape))
     placements = [Shard(len(stack))]
     strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(found, parameter.device_mesh, placements, run_check=False, shape=shape, stride=strides)
+    made = DTensor.from_local(found, parameter.device_mesh, placements, run_check=False, shape=shape, stride=strides)
+    return made.cpu() if offload else made
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
@@ -83,9 +86,11 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
         return model.state_dict()
     keep = PartialState().is_main_process
     found = {}
-    gathered: dict[int, Tensor] = {}  # tied weights once, so that they stay one tensor
+    gathered: dict[str, Tensor] = {}  # tied weights once, so that they stay one tensor
+    first: dict[int, str] = {}
+    same = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
     for name, value in model.state_dict().items():
-        key = local(value).data_ptr()
+        key = same.get(name, name)  # not by its storage: empty shards have none, on some processes
         full = gathered[key] if key in gathered else whole(value)
         if keep:
             found[name] = gathered[key] = full.cpu()

@@ -21,6 +21,7 @@ from accelerate.utils import gather, gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -152,6 +153,7 @@ class StepTrainer(Trainer):
         prepare, clip = self.accelerator.prepare_model, self.accelerator.clip_grad_norm_
         self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: whole(clip(*args, **kwargs))
+        self.accelerator.no_sync = _unreduced
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As of a model in one piece."""
@@ -193,6 +195,16 @@ class StepTrainer(Trainer):
         """Keys that are missing because their weights are tied to others' are no news."""
         if not set(load_result.missing_keys) <= set(getattr(self.model, "all_tied_weights_keys", ())):
             super()._issue_warnings_after_load(load_result)
+
+
+@contextmanager
+def _unreduced(model: FSDPModule) -> Iterator[None]:
+    """Without reducing gradients over the processes: but the last micro-batch of a step does."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 def _step(folder: Path) -> int:
@@ -319,7 +331,7 @@ def train(
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if loss.layer is not None and not is_sharded(model):
-        freeze_unreached(model, loss, batches[0])
+        freeze_unreached(model, loss, batches[0], settings.bf16)
     start = where_to_start(resume)
     progress = Progress()
     with SoftStop() as soft, logger_into(run / "logs", settings.logger):
@@ -392,11 +404,13 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable()
 
 
-def freeze_unreached(model: PreTrainedModel, loss: Loss, batch: dict[str, Any]) -> None:
+def freeze_unreached(model: PreTrainedModel, loss: Loss, batch: dict[str, Any], bf16: bool = False) -> None:
     """Freeze the parameters that the loss does not depend on (those above RMU's layer): DDP would wait for them."""
     device = model.device
     on_device = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    sum(loss(model, on_device).values()).backward()  # type: ignore[union-attr]
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        total = sum(loss(model, on_device).values())
+    total.backward()  # type: ignore[union-attr]
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     model.zero_grad()
