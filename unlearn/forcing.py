@@ -92,7 +92,14 @@ class Pass:
 
 
 def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: str = "teacher forcing") -> list[Forced]:
-    """One `Forced` a row, float32 or wider on the CPU; `moments`: with mean and variance."""
+    """One `Forced` a row, float32 or wider on the CPU; `moments`: with mean and variance.
+
+    Raises:
+        ValueError: a row has no label token.
+    """
+    for number, row in enumerate(rows, start=1):
+        if (row["labels"] == IGNORE).all():
+            raise ValueError(f"{what}: row {number} of {len(rows)} has no label token: no answer, and no end of one")
     distinct: dict[tuple[Prompt, Prompt], Row] = {}
     keys = [(tuple(row["input_ids"].tolist()), tuple(row["labels"].tolist())) for row in rows]
     for key, row in zip(keys, rows, strict=True):
@@ -150,8 +157,9 @@ def _cache_kinds(model: PreTrainedModel) -> list[type]:
 
 
 def prompt_length(row: Row) -> int:
-    """Tokens before the first label."""
-    return int((row["labels"] != IGNORE).nonzero()[0])
+    """Tokens before the first label; all of them where there is none."""
+    labelled = (row["labels"] != IGNORE).nonzero()
+    return int(labelled[0]) if len(labelled) else len(row["labels"])
 
 
 def _prompt(row: Row) -> Prompt | None:
