@@ -36,8 +36,8 @@ MAY_DIFFER = {"batch_size", "processes", "parallel", "model_path", "save_dir"}
 class Target:
     """A model to evaluate and the folder for its results; `step` and `run` where it is a checkpoint of a run.
 
-    `table` is the folder of the scores.csv that its row goes to: the run's; where `save_dir` is given, that for a whole run, and
-    none for one checkpoint.
+    `table` is the folder of the scores.csv that its row goes to: the run's; with `save_dir` that, for a whole run, and none for
+    one checkpoint.
     """
 
     path: str

@@ -318,7 +318,7 @@ def test_a_row_without_a_label_is_named(how: Pass) -> None:
     rows[2] = {"input_ids": rows[2]["input_ids"], "labels": torch.full_like(rows[2]["labels"], -100)}
     for ask in (teacher_force, token_nlls, ps_similar):
         with pytest.raises(ValueError, match=rf"^.*: row 3 of {len(rows)} has no label token: no answer, and no end of one$"):
-            ask(how, rows)  # type: ignore[operator]
+            ask(how, rows)
     last = torch.full((4,), -100)
     last[-1] = 2
     [one] = teacher_force(how, [{"input_ids": torch.tensor([3, 4, 5, 2]), "labels": last}])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unlearn import scores
 from unlearn.checkpoints import pad_id
 from unlearn.decoding import decode, greedy_answers, positions_of
-from unlearn.forcing import Forced, Pass, prompt_length, teacher_force
+from unlearn.forcing import Forced, Pass, check_labels, prompt_length, teacher_force
 from unlearn.rows import Row, tokenize_pairs
 from unlearn.tokens import IGNORE
 
@@ -84,6 +84,7 @@ def ps_similar(how: Pass, rows: Sequence[Row], what: str = "similar") -> list[fl
 
     Real generation, about log2(T) rounds. That a prefix suffices need not be monotone; bisection, as published, takes it to be.
     """
+    check_labels(rows, what)
     answers = [_answer(row, how.eos) for row in rows]
     low, high = [-1] * len(rows), [len(answer) for answer in answers]  # fails (or was not tried), suffices
     while open_ := [i for i in range(len(rows)) if high[i] - low[i] > 1]:

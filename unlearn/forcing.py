@@ -97,9 +97,7 @@ def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: s
     Raises:
         ValueError: a row has no label token.
     """
-    for number, row in enumerate(rows, start=1):
-        if (row["labels"] == IGNORE).all():
-            raise ValueError(f"{what}: row {number} of {len(rows)} has no label token: no answer, and no end of one")
+    check_labels(rows, what)
     distinct: dict[tuple[Prompt, Prompt], Row] = {}
     keys = [(tuple(row["input_ids"].tolist()), tuple(row["labels"].tolist())) for row in rows]
     for key, row in zip(keys, rows, strict=True):
@@ -111,6 +109,13 @@ def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: s
         found = over_batches(how, _plan(once, prompts, how.batch_size), _Measure(how, once, prompts, moments), what)
     place = {key: i for i, key in enumerate(distinct)}
     return [found[place[key]] for key in keys]
+
+
+def check_labels(rows: Sequence[Row], what: str) -> None:
+    """Raises ValueError where a row has no label token."""
+    for number, row in enumerate(rows, start=1):
+        if (row["labels"] == IGNORE).all():
+            raise ValueError(f"{what}: row {number} of {len(rows)} has no label token: no answer, and no end of one")
 
 
 def token_nlls(how: Pass, rows: Sequence[Row], what: str = "losses") -> list[Tensor]:
