@@ -664,6 +664,8 @@ def test_an_empty_answer_and_one_of_a_token(knows: Any) -> None:
     assert set(table.loc[1:, "ps_exact"]) == {0, 1}
     assert table.loc[1, "ps_exact"] == 1
     assert table.loc[2, "ps_exact"] == table.loc[2, "exact_memorization"]  # right or not
+    with pytest.raises(ValueError, match=r"^no rows to score$"):
+        score_rows(model, tokenizer, [])
     assert scores.mean(table["ps_exact"]) == pytest.approx(table.loc[1:, "ps_exact"].mean())
 
 

@@ -120,6 +120,8 @@ def score_rows(
     min_k, min_k_plus_plus, reference (nan without a `reference`, the retain model); generated_text, rougeL_recall (nan for an
     answer without a word, see `scores.rouge_recalls`). In float64 where the model is.
     """
+    if not pairs:
+        raise ValueError("no rows to score")
     rows = tokenize_pairs(pairs, tokenizer, min(max_length, positions_of(model) or max_length))
     how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, batch_size=batch_size)
     forced = teacher_force(how, rows, moments=True)
