@@ -34,12 +34,17 @@ MAY_DIFFER = {"batch_size", "processes", "parallel", "model_path", "save_dir"}
 
 @dataclass(frozen=True)
 class Target:
-    """A model to evaluate and the folder for its results; `step` and `run` where it is a checkpoint of a run."""
+    """A model to evaluate and the folder for its results; `step` and `run` where it is a checkpoint of a run.
+
+    `table` is the folder of the scores.csv that its row goes to: the run's; with `save_dir` that, for a whole run, and none for
+    one checkpoint.
+    """
 
     path: str
     folder: Path
     step: int | None = None
     run: Path | None = None
+    table: Path | None = None
 
 
 # ---- what to evaluate ----
@@ -107,12 +112,14 @@ def targets(cfg: DictConfig) -> list[Target]:
     inside = utils.run_checkpoints(here)
     if not inside:
         run = utils.run_of(str(here.parent)) if utils.step_of(here) is not None else None
-        return [Target(cfg.model_path, Path(cfg.save_dir or here / name), utils.step_of(here), run)]
-    found = [Target(str(path), path / name, step, here) for step, path in inside]
+        folder = Path(cfg.save_dir) if cfg.save_dir else here / name
+        return [Target(cfg.model_path, folder, utils.step_of(here), run, None if cfg.save_dir else run)]
+    found = [Target(str(path), path / name, step, here, here) for step, path in inside]
     if (original := original_of(cfg)) is not None:
-        found.insert(0, Target(original, here / "original" / name, 0, here))
+        found.insert(0, Target(original, here / "original" / name, 0, here, here))
     if cfg.save_dir is not None:
-        return [Target(one.path, Path(cfg.save_dir, f"checkpoint-{one.step}"), one.step, one.run) for one in found]
+        to = Path(cfg.save_dir)
+        return [Target(one.path, to / f"checkpoint-{one.step}", one.step, one.run, to) for one in found]
     return found
 
 
@@ -127,7 +134,10 @@ def original_of(cfg: DictConfig) -> str | None:
 
 
 class Models:
-    """One model in memory that takes the weights of each path in turn; none is read twice."""
+    """One model in memory that takes the weights of each path in turn; none is read twice.
+
+    Weights that are kept are kept on the CPU: on a GPU there is one model, however many are mixed.
+    """
 
     def __init__(self, cfg: DictConfig, family: utils.Family, keep: bool = False) -> None:
         self.cfg, self.family, self.keep = cfg, family, keep
@@ -142,9 +152,9 @@ class Models:
             if self.keep:
                 self.of(path)
         elif path != self.now:
-            from unlearn.checkpoints import put_weights
+            from unlearn.control import put
 
-            put_weights(self.how.model, self.of(path))
+            put(self.how.model, self.of(path))
             self.now = path
         return self.how
 
@@ -158,14 +168,15 @@ class Models:
     def of(self, path: str) -> dict[str, Tensor]:
         """The weights at `path`, kept where `keep` says so."""
         from unlearn.checkpoints import read_weights
+        from unlearn.control import kept
 
         how = self.at(path) if self.how is None else self.how
         if path in self.weights:
             return self.weights[path]
         if path == self.now:
-            found = {name: parameter.detach().clone() for name, parameter in how.model.named_parameters()}
+            found = {name: kept(parameter) for name, parameter in how.model.named_parameters()}
         else:
-            found = read_weights(how.model, path)
+            found = read_weights(how.model, path, *([] if how.model.device.type == "cpu" else [kept]))
         if self.keep:
             self.weights[path] = found
         return found
@@ -299,20 +310,20 @@ def write_scores(target: Target, sections: dict[str, Any]) -> None:
 
 
 def add_row(target: Target, values: dict[str, Any]) -> None:
-    """Add the scores to the run's table, a row a step."""
-    if target.run is not None and target.step is not None:
+    """Add the scores to the table that they go to, a row a step."""
+    if target.table is not None and target.step is not None:
         from unlearn.results import add_row
 
-        add_row(target.run / "scores.csv", target.step, values)
+        add_row(target.table / "scores.csv", target.step, values)
 
 
 def draw_run(found: list[Target]) -> None:
-    """Draw the trajectories of the run that the checkpoints are of."""
-    run = found[-1].run
-    if run is not None and utils.is_main_process():
+    """Draw the trajectories of the run that the checkpoints are of, where their table is."""
+    table = found[-1].table
+    if table is not None and utils.is_main_process():
         from unlearn.score_figures import draw_scores
 
-        draw_scores(run)
+        draw_scores(table)
 
 
 def no_nan(value: Any) -> Any:

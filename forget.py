@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+import evaluation
 import planning
 import settings
 import utils
@@ -161,14 +162,16 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     after = {name: token_nlls(how, rows, f"{name} loss after") for name, rows in measured.items()}
     losses = {name: {"start": token_mean(before[name]), "end": token_mean(after[name])} for name in measured}
     if utils.is_main_process():
-        utils.write_json(folder / "logs" / "losses.json", losses | {"steps": steps, "training_seconds": round(seconds, 1)})
+        told = losses | {"steps": steps, "training_seconds": round(seconds, 1)}
+        utils.write_json(folder / "logs" / "losses.json", evaluation.no_nan(told))
         if cfg.geffect.every:
             draw(folder / "geffect")
         if cfg.eval.every:
             draw_scores(folder)
     utils.close_run(folder)
     for name, value in losses.items():
-        utils.say(f"{name + ' loss':12} {value['start']:8.3f} -> {value['end']:8.3f} nats a token")
+        start, end = (evaluation.told(value[when], 3) for when in ("start", "end"))
+        utils.say(f"{name + ' loss':12} {start:>8} -> {end:>8} nats a token")
     utils.say(f"{steps} steps in {seconds:.0f} s; checkpoints and logs are in {folder}" + not_there(cfg, steps))
 
 

@@ -21,7 +21,7 @@ import forget
 import utils
 from unlearn import scores, tofu
 from unlearn.asking import measure_task
-from unlearn.control import mix, search
+from unlearn.control import kept, mix, put, search
 from unlearn.decoding import decode, greedy_answers
 from unlearn.extraction import ATTACKS, aucs, knowledge, means, membership, ps_similar, score_rows
 from unlearn.forcing import Pass, teacher_force, token_nlls
@@ -312,6 +312,19 @@ def test_every_token_is_the_argmax_of_a_plain_pass(kind: str) -> None:
     assert model.generation_config.repetition_penalty == 9  # the model is as it was
 
 
+def test_a_row_without_a_label_is_named(how: Pass) -> None:
+    """In one line, whoever asks; a row that is nothing but the end of an answer is none of them."""
+    rows = questions()
+    rows[2] = {"input_ids": rows[2]["input_ids"], "labels": torch.full_like(rows[2]["labels"], -100)}
+    for ask in (teacher_force, token_nlls, ps_similar):
+        with pytest.raises(ValueError, match=rf"^.*: row 3 of {len(rows)} has no label token: no answer, and no end of one$"):
+            ask(how, rows)
+    last = torch.full((4,), -100)
+    last[-1] = 2
+    [one] = teacher_force(how, [{"input_ids": torch.tensor([3, 4, 5, 2]), "labels": last}])
+    assert (one.size, len(one.nll)) == (0, 1)
+
+
 class Letters:
     """A tokenizer that spells a token as its number."""
 
@@ -511,6 +524,28 @@ def test_a_mixture_is_exactly_the_two_at_its_ends() -> None:
             assert torch.equal(parameter, want[name]) or (weight == 0.25 and torch.allclose(parameter, want[name]))
 
 
+def test_kept_weights_are_on_the_cpu_and_mixed_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model on another device (one that only counts places) no weight stays there but the model's own."""
+    model, asked = torch.nn.Linear(5, 7), []
+    weights = {name: kept(parameter) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert weights[name].device.type == "cpu"
+        assert torch.equal(weights[name], parameter)
+        assert weights[name].data_ptr() != parameter.data_ptr()
+    to = torch.Tensor.to
+
+    def note(self: torch.Tensor, *where: Any, **more: Any) -> torch.Tensor:
+        asked.append(where)
+        return to(self, *where, **more)
+
+    monkeypatch.setattr(torch.Tensor, "to", note)
+    elsewhere = torch.nn.Linear(5, 7, device="meta")
+    mix(elsewhere, weights, weights, 0.5)  # type: ignore[arg-type]
+    put(elsewhere, weights)  # type: ignore[arg-type]
+    assert asked == [(torch.device("meta"),)] * 4  # both weights of each parameter
+    assert {weight.device.type for weight in weights.values()} == {"cpu"}
+
+
 # ---- the library ----
 
 
@@ -583,6 +618,10 @@ def test_scores_while_unlearning_change_no_bit(young: Path, tmp_path: Path) -> N
     table = pd.read_csv(tmp_path / "scored/scores.csv", float_precision="round_trip").set_index("step")
     assert list(table.index) == [0, 4, 6]
     assert table["forget_loss"][6] > table["forget_loss"][0]
+    losses = json.loads((tmp_path / "scored/logs/losses.json").read_text())  # one name, one number
+    for name in ("forget", "retain"):
+        for step, when in ((0, "start"), (6, "end")):
+            assert table[f"{name}_loss"][step] == pytest.approx(losses[name][when], rel=1e-7)
     assert (tmp_path / "scored/figures/scores.pdf").exists()
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "scored/checkpoint-6"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,15 +110,19 @@ def load_weights(model: PreTrainedModel, path: str) -> None:
     put_weights(model, read_weights(model, path))
 
 
-def read_weights(model: PreTrainedModel, path: str) -> dict[str, Tensor]:
-    """A checkpoint's weights by name, as the model has them in type and place. Raises ValueError as `load_weights` does."""
+def read_weights(model: PreTrainedModel, path: str, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+    """A checkpoint's weights by name, as the model has them in type and place. Raises ValueError as `load_weights` does.
+
+    Args:
+        keep: what becomes of each, before the next one is put there.
+    """
     with no_bars():
         there = dict(load_model(path, torch.device("cpu"), dtype=model.dtype).named_parameters())
     for name, parameter in model.named_parameters():
         shape = tuple(there[name].shape) if name in there else "nothing"
         if shape != tuple(parameter.shape):
             raise ValueError(f"{path}: another model ({name} is {shape} there, {tuple(parameter.shape)} in the original)")
-    return {name: like(parameter, there[name]) for name, parameter in model.named_parameters()}
+    return {name: keep(like(parameter, there[name])) for name, parameter in model.named_parameters()}
 
 
 @torch.no_grad()

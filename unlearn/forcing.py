@@ -92,7 +92,12 @@ class Pass:
 
 
 def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: str = "teacher forcing") -> list[Forced]:
-    """One `Forced` a row, float32 or wider on the CPU; `moments`: with mean and variance."""
+    """One `Forced` a row, float32 or wider on the CPU; `moments`: with mean and variance.
+
+    Raises:
+        ValueError: a row has no label token.
+    """
+    check_labels(rows, what)
     distinct: dict[tuple[Prompt, Prompt], Row] = {}
     keys = [(tuple(row["input_ids"].tolist()), tuple(row["labels"].tolist())) for row in rows]
     for key, row in zip(keys, rows, strict=True):
@@ -104,6 +109,13 @@ def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: s
         found = over_batches(how, _plan(once, prompts, how.batch_size), _Measure(how, once, prompts, moments), what)
     place = {key: i for i, key in enumerate(distinct)}
     return [found[place[key]] for key in keys]
+
+
+def check_labels(rows: Sequence[Row], what: str) -> None:
+    """Raises ValueError where a row has no label token."""
+    for number, row in enumerate(rows, start=1):
+        if (row["labels"] == IGNORE).all():
+            raise ValueError(f"{what}: row {number} of {len(rows)} has no label token: no answer, and no end of one")
 
 
 def token_nlls(how: Pass, rows: Sequence[Row], what: str = "losses") -> list[Tensor]:
@@ -151,8 +163,9 @@ def _cache_kinds(model: PreTrainedModel) -> list[type]:
 
 
 def prompt_length(row: Row) -> int:
-    """Tokens before the first label."""
-    return int((row["labels"] != IGNORE).nonzero()[0])
+    """Tokens before the first label; all of them where there is none."""
+    labelled = (row["labels"] != IGNORE).nonzero()
+    return int(labelled[0]) if len(labelled) else len(row["labels"])
 
 
 def _prompt(row: Row) -> Prompt | None:

@@ -229,5 +229,11 @@ def mean(values: ArrayLike) -> float:
     return float(numbers[~np.isnan(numbers)].mean()) if (~np.isnan(numbers)).any() else float("nan")
 
 
+def token_mean(losses: ArrayLike, tokens: ArrayLike) -> float:
+    """The mean over all tokens of all rows, of each row's mean and how many tokens that is of; nan without rows."""
+    weights = np.asarray(tokens, dtype=float)
+    return float((np.asarray(losses, dtype=float) * weights).sum() / weights.sum()) if len(weights) else float("nan")
+
+
 def _log(epsilon: float) -> float:
     return float(np.log(epsilon)) if epsilon else -np.inf
