@@ -189,7 +189,7 @@ class Models:
         flash = self.family.flash_attention2 and bf16
         self.tokenizer, model = load(path, beside, utils.model_device(self.cfg), flash, kind)
         if self.cfg.parallel == "fsdp":
-            shard(model)
+            shard(model, bf16)
         return Pass(model, pad_id(self.tokenizer), self.tokenizer.eos_token_id, bf16, self.cfg.batch_size)
 
     def tokenize(self, rows: Sequence[Mapping[str, Any]]) -> list[Row]:

@@ -37,6 +37,7 @@ from utils import (
     count_steps,
     default_holdout,
     defaults_of,
+    end_processes,
     find_path,
     flatten,
     is_checkpoint,
@@ -49,6 +50,7 @@ from utils import (
 
 ALIASES = {"grad_ascent": "ga", "ins_npo": "tnpo", "w_ins_npo": "wtnpo", "po": "idk", "grad_diff": "gd", "KL": "kl"}
 RETAIN_TERMS = ("gd", "kl")
+LEAVE = 10.0  # seconds that a process that has failed waits for the others
 
 # ---- the command line ----
 
@@ -92,6 +94,7 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
         codes.append(report(error, config_name))
     if sweep is not None and close_sweep(sweep):
         codes.append(1)
+    end_processes(LEAVE if codes else None)
     if codes:
         sys.exit(max(codes))
 
@@ -438,9 +441,14 @@ def check_logger(logger: str | None) -> None:
         raise ValueError(f"logger={logger}: not installed; pip install {logger}")
 
 
-def check_optimizer(name: str) -> None:
-    """Raises ValueError where the library that the optimiser is of is not installed."""
+def check_optimizer(name: str, parallel: str) -> None:
+    """Raises ValueError where the optimiser can't have its state in shards, or its library is not installed."""
     library = OPTIMIZERS[name].library
+    if library == "bitsandbytes" and parallel == "fsdp":
+        raise ValueError(
+            f"optim={name}: is of bitsandbytes, whose state parallel=fsdp can't split; adamw_torch_8bit and adamw_torch_fused"
+            " can be (or parallel=ddp)"
+        )
     if library is not None and importlib.util.find_spec(library) is None:
         others = ", ".join(other for other, of in OPTIMIZERS.items() if of.library is None)
         raise ValueError(f"optim={name}: is of {library}, which is not installed; pip install {library}, or one of {others}")

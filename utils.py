@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from unlearn.files import base_of, count_parameters, fingerprint, locked, remove_whole, write_whole
+from unlearn.signals import PATIENCE
 
 if TYPE_CHECKING:
     import torch
@@ -432,7 +434,20 @@ def device() -> torch.device:
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available()).device
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).device
+
+
+def end_processes(patience: float | None) -> None:
+    """Take leave of the other processes, if torchrun made several: NCCL warns of a process that ends without.
+
+    Args:
+        patience: seconds to wait for it at most; None without end. After an error the others may wait for something else.
+    """
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        leave = threading.Thread(target=distributed.destroy_process_group, daemon=True)
+        leave.start()
+        leave.join(patience)
 
 
 def model_device(cfg: DictConfig) -> torch.device:

@@ -133,8 +133,13 @@ def put_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
 
 
 def attention(device: torch.device, flash: bool = False) -> str:
-    """On a GPU flash-attn or SDPA; on a CPU, for rows as short as answers, plain matrix products are the fastest."""
-    if device.type == "cpu":
+    """On a GPU flash-attn or SDPA; on a CPU, for rows as short as answers, plain matrix products are the fastest.
+
+    Args:
+        device: where the model is loaded to. A model that is to be split is loaded to the CPU, and runs on the process's.
+    """
+    runs_on = PartialState().device if device.type == "cpu" else device
+    if runs_on.type == "cpu":
         return "eager"
     return "flash_attention_2" if flash and is_flash_attn_2_available() else "sdpa"
 
