@@ -244,9 +244,9 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
     objectives = [cfg, *parse_sweep(cfg).values()]
     reference = reference_of(model) if any(one.retain.reference for one in objectives) else None
     if cfg.parallel == "fsdp":
-        shard(model)
+        shard(model, bf16)
         if reference is not None and reference is not model:
-            shard(reference)
+            shard(reference, bf16)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
     risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
     rows = {"forget": risks["unlearn"], "idk": []}

@@ -199,7 +199,7 @@ class Models:
         beside = utils.original_model(self.family, self.cfg) if made_here else self.family.hf_key
         self.tokenizer, model = load(path, beside, utils.model_device(self.cfg), dtype=kind)
         if self.cfg.parallel == "fsdp":
-            shard(model)
+            shard(model, bf16)
         return Pass(model, pad_id(self.tokenizer), self.tokenizer.eos_token_id, bf16, self.cfg.batch_size)
 
     def tokenize(self, rows: Sequence[Mapping[str, Any]]) -> list[Row]:

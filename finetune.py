@@ -89,7 +89,7 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
         add_lora(model, LoRA(**cfg.LoRA), cfg.seed, base_on_disk(family.hf_key, folder, model, tokenizer))
     settings.check_disk(cfg, {folder}, model.num_parameters())  # `prepare` can't tell for a hub's model, or a new one
     if cfg.parallel == "fsdp":
-        shard(model)
+        shard(model, utils.use_bfloat16(cfg.dtype, family))
     tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length)
     batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), pad_id(tokenizer))
 

@@ -124,9 +124,9 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     settings.check_disk(cfg, checkpoints(cfg, steps), trained)  # `prepare` can't tell for a hub's model, or for adapters
     reference = reference_of(model) if cfg.retain.reference else None
     if cfg.parallel == "fsdp":
-        shard(model)
+        shard(model, bf16)
         if reference is not None and reference is not model:
-            shard(reference)
+            shard(reference, bf16)
     pad = pad_id(tokenizer)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
     measured = {"forget": tokenize(data.forget), "retain": tokenize(data.held_out)}

@@ -97,9 +97,9 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
         codes.append(report(error, config_name))
     if sweep is not None and close_sweep(sweep):
         codes.append(1)
+    end_processes(failed=bool(codes))
     if codes:
         sys.exit(max(codes))
-    end_processes()
 
 
 def open_sweep(args: argparse.Namespace, config_name: str) -> Path:
@@ -447,12 +447,12 @@ def check_logger(logger: str | None) -> None:
 
 
 def check_optimizer(name: str, parallel: str) -> None:
-    """Raises ValueError where the optimiser can't take shards, or the library that it is of is not installed."""
+    """Raises ValueError where the optimiser can't have its state in shards, or its library is not installed."""
     library = OPTIMIZERS[name].library
     if library == "bitsandbytes" and parallel == "fsdp":
-        others = ", ".join(other for other, of in OPTIMIZERS.items() if of.library != library)
         raise ValueError(
-            f"optim={name}: bitsandbytes can't take shards (parallel=fsdp); adamw_torch_8bit keeps as little, of {others}"
+            f"optim={name}: is of bitsandbytes, whose state parallel=fsdp can't split; adamw_torch_8bit and adamw_torch_fused"
+            " can be (or parallel=ddp)"
         )
     if library is not None and importlib.util.find_spec(library) is None:
         others = ", ".join(other for other, of in OPTIMIZERS.items() if of.library is None)

@@ -13,10 +13,10 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from unlearn.files import (
     remove_whole,
     write_whole,
 )
+from unlearn.signals import PATIENCE
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ HUB_TOFU = "locuslab/TOFU"
 IDK = ROOT / "data" / "idontknow.jsonl"
 TEXTS = ("question", "answer")  # of a row, that training reads
 ALL_TEXTS = (*TEXTS, "paraphrased_question", "paraphrased_answer", "perturbed_answer")  # that an evaluation reads
-PATIENCE = timedelta(hours=6)  # of processes for one another: the first of them may write 75 GiB
+LEAVE = 10.0  # seconds that a process that has failed waits for the others
 MOST_STEPS = 10_000_000  # whose rows are drawn before the first
 
 # Keys whose value leaves the weights alone, or stands in a run folder's name already, or is a path.
@@ -544,6 +545,22 @@ def device() -> torch.device:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).device
 
 
+def end_processes(failed: bool = False) -> None:
+    """Take leave of the other processes, if torchrun made several: NCCL warns of a process that ends without.
+
+    Args:
+        failed: the others may wait for something else by now: stay no longer than `LEAVE`.
+    """
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if not failed:
+        distributed.barrier()  # who ends first closes connections that the others still listen on
+    leave = threading.Thread(target=distributed.destroy_process_group, daemon=True)
+    leave.start()
+    leave.join(LEAVE if failed else None)
+
+
 def model_device(cfg: DictConfig) -> torch.device:
     """Where a model is loaded to: this process's device, or the CPU where it is to be split over several."""
     import torch
@@ -560,13 +577,6 @@ def set_deterministic(on: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
     torch.use_deterministic_algorithms(on)
-
-
-def end_processes() -> None:
-    """End the process group that torchrun's processes share, if one was started, when all have come to the end."""
-    if (torch := sys.modules.get("torch")) and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # who ends first closes connections that the others still listen on
-        torch.distributed.destroy_process_group()
 
 
 def processes() -> int:

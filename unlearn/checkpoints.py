@@ -80,8 +80,7 @@ def load_model(
     """
     if (base := base_of(path)) is not None:
         return merged(load_model(base, device, flash_attention, dtype), path)
-    runs_on = PartialState().device  # not where it is loaded: a model that is to be sharded is loaded on the CPU
-    how = "sdpa" if dtype == torch.float64 else attention(runs_on, flash_attention)  # the plain one's softmax is float32
+    how = "sdpa" if dtype == torch.float64 else attention(device, flash_attention)  # the plain one's softmax is float32
     with named(path, "config.json"):
         config = AutoConfig.from_pretrained(path)
     with named(path, "model"):
@@ -133,8 +132,13 @@ def put_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
 
 
 def attention(device: torch.device, flash: bool = False) -> str:
-    """On a GPU flash-attn or SDPA; on a CPU, for rows as short as answers, plain matrix products are the fastest."""
-    if device.type == "cpu":
+    """On a GPU flash-attn or SDPA; on a CPU, for rows as short as answers, plain matrix products are the fastest.
+
+    Args:
+        device: where the model is loaded to. A model that is to be split is loaded to the CPU, and runs on the process's.
+    """
+    runs_on = PartialState().device if device.type == "cpu" else device
+    if runs_on.type == "cpu":
         return "eager"
     return "flash_attention_2" if flash and is_flash_attn_2_available() else "sdpa"
 
@@ -147,7 +151,7 @@ def new_model(path: str, texts: list[str], seed: int, device: torch.device) -> t
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention(PartialState().device))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention(device))
     return tokenizer, model.to(device)
 
 

@@ -5,29 +5,38 @@ A shard is a DTensor: it knows what it is a part of. What is not sharded passes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
+SPARE = 4 * 2**30  # bytes that any GPU has
 
-def shard(model: PreTrainedModel) -> None:
+
+def shard(model: PreTrainedModel, bf16: bool = False) -> None:
     """Split the model's weights over the processes, in place: block by block, and what is around the blocks.
 
     With one process there is nothing to split.
+
+    Args:
+        bf16: the model is run under bfloat16 autocast. Its blocks are then gathered in bfloat16, and their gradients added up
+            in float32: autocast's own copies of the weights would be kept, whole, from the forward to the backward pass.
     """
     state = PartialState()
     if state.num_processes == 1:
         return
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for block in blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else its parameters are whole after a forward pass alone
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # resharded after its forward pass, else its parameters are whole after one without a backward pass
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -87,16 +96,42 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     keep = PartialState().is_main_process
     found = {}
     gathered: dict[str, Tensor] = {}  # tied weights once, so that they stay one tensor
-    first: dict[int, str] = {}
-    same = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+    first = first_names(model)
     for name, value in model.state_dict().items():
-        key = same.get(name, name)  # not by its storage: empty shards have none, on some processes
-        full = gathered[key] if key in gathered else whole(value)
+        once = first.get(name, name)
+        if once not in gathered:
+            full = whole(value)
+            gathered[once] = full.cpu() if keep else full.new_empty(0)
         if keep:
-            found[name] = gathered[key] = full.cpu()
-        else:
-            gathered[key] = full.new_empty(0)
+            found[name] = gathered[once]
     return found
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Each parameter's names -> the first of them; by the modules that share it, for shards may all be empty."""
+    first: dict[nn.Parameter, str] = {}
+    return {name: first.setdefault(parameter, name) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def few_are_trained(model: nn.Module) -> bool:
+    """Whether the trained weights' gradients, whole and in float32, take no more than this process's shards, or `SPARE`.
+
+    Then micro-batches' gradients are added up whole and reduced once a step. Else each micro-batch's are reduced to shards:
+    whole ones, 4 bytes a parameter on each process, are what a model is in shards to do without.
+    """
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) / PartialState().num_processes
+    return 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) <= max(held, SPARE)
+
+
+@contextmanager
+def unreduced(model: nn.Module) -> Iterator[None]:
+    """While entered, backward passes leave each process its own gradients, whole."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

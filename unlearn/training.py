@@ -21,7 +21,6 @@ from accelerate.utils import gather, gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -30,8 +29,10 @@ from unlearn.adapters import has_adapters
 from unlearn.checkpoints import load_weights, no_bars
 from unlearn.files import seal, what_is_torn, write_whole
 from unlearn.loss import Loss
-from unlearn.sharding import all_finite, is_sharded, whole, whole_state
-from unlearn.signals import SoftStop, Stopped
+from unlearn.risks import on
+from unlearn.sharding import all_finite, few_are_trained, is_sharded, unreduced, whole, whole_state
+from unlearn.signals import PATIENCE, SoftStop, Stopped
+from unlearn.tokens import evaluating
 
 Publish = Callable[[PreTrainedModel, dict[str, Tensor], int], None]
 
@@ -153,7 +154,8 @@ class StepTrainer(Trainer):
         prepare, clip = self.accelerator.prepare_model, self.accelerator.clip_grad_norm_
         self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: whole(clip(*args, **kwargs))
-        self.accelerator.no_sync = _unreduced
+        if few_are_trained(self.model):  # type: ignore[arg-type]
+            self.accelerator.no_sync = lambda model: unreduced(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As of a model in one piece."""
@@ -195,16 +197,6 @@ class StepTrainer(Trainer):
         """Keys that are missing because their weights are tied to others' are no news."""
         if not set(load_result.missing_keys) <= set(getattr(self.model, "all_tied_weights_keys", ())):
             super()._issue_warnings_after_load(load_result)
-
-
-@contextmanager
-def _unreduced(model: FSDPModule) -> Iterator[None]:
-    """Without reducing gradients over the processes: but the last micro-batch of a step does."""
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
 
 
 def _step(folder: Path) -> int:
@@ -394,6 +386,7 @@ def _arguments(s: Settings, run: Path) -> TrainingArguments:
         average_tokens_across_devices=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
+        ddp_timeout=round(PATIENCE.total_seconds()),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
@@ -404,13 +397,15 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable()
 
 
-def freeze_unreached(model: PreTrainedModel, loss: Loss, batch: dict[str, Any], bf16: bool = False) -> None:
-    """Freeze the parameters that the loss does not depend on (those above RMU's layer): DDP would wait for them."""
-    device = model.device
-    on_device = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        total = sum(loss(model, on_device).values())
-    total.backward()  # type: ignore[union-attr]
+def freeze_unreached(model: PreTrainedModel, loss: Loss, batch: dict[str, Any], bf16: bool) -> None:
+    """Freeze the parameters that the loss does not depend on (those above RMU's layer): DDP would wait for them.
+
+    Told by one backward pass, run as training's are but without dropout.
+    """
+    with evaluating(model):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            parts = loss(model, on(batch, model.device))
+        sum(parts.values()).backward()  # type: ignore[union-attr]
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     model.zero_grad()
