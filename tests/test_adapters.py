@@ -14,11 +14,12 @@ from conftest import ROOT, doubled, make_workplace, run_in
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedModel
 
 from unlearn.adapters import LoRA, adapters_off, add_lora
+from unlearn.evaluating import in_eval_mode
 from unlearn.loss import Loss
 from unlearn.meter import Meter, Target, Wanted
 from unlearn.objectives import Objective, ga, kl, mean_nll, npo
 from unlearn.risks import on, set_batches, trainable
-from unlearn.tokens import in_eval_mode, token_outputs
+from unlearn.tokens import token_outputs
 
 CONFIGS = {
     "llama": LlamaConfig(

@@ -13,9 +13,11 @@ from accelerate import PartialState
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -80,9 +82,10 @@ def load_model(
     """
     if (base := base_of(path)) is not None:
         return merged(load_model(base, device, flash_attention, dtype), path)
-    how = "sdpa" if dtype == torch.float64 else attention(device, flash_attention)  # the plain one's softmax is float32
     with named(path, "config.json"):
         config = AutoConfig.from_pretrained(path)
+    how = "sdpa" if dtype == torch.float64 else attention(device, flash_attention)  # the plain one's softmax is float32
+    how = _supported(how, config)
     with named(path, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation=how, output_loading_info=True, ignore_mismatched_sizes=True
@@ -143,6 +146,12 @@ def attention(device: torch.device, flash: bool = False) -> str:
     return "flash_attention_2" if flash and is_flash_attn_2_available() else "sdpa"
 
 
+def _supported(attention: str, config: PreTrainedConfig) -> str:
+    """The same, but for models that can't take SDPA (Gemma 2 caps its logits): the plain one."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "eager" if attention == "sdpa" and not getattr(model, "_supports_sdpa", True) else attention
+
+
 def new_model(path: str, texts: list[str], seed: int, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """A model of the config.json at `path` with random weights, and a byte-level BPE tokenizer trained on `texts`."""
     config = AutoConfig.from_pretrained(path)
@@ -151,7 +160,7 @@ def new_model(path: str, texts: list[str], seed: int, device: torch.device) -> t
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention(device))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=_supported(attention(device), config))
     return tokenizer, model.to(device)
 
 

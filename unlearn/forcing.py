@@ -25,9 +25,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from unlearn.adapters import has_virtual_tokens
+from unlearn.evaluating import evaluating
 from unlearn.rows import Row, collate
 from unlearn.sharding import is_sharded
-from unlearn.tokens import IGNORE, evaluating, head_at, token_outputs, unwrap, widen
+from unlearn.tokens import IGNORE, head_at, token_outputs, unwrap, widen
 
 Prompt = tuple[int, ...]
 

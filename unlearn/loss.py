@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from unlearn.adapters import adapters_off
+from unlearn.evaluating import in_eval_mode
 from unlearn.objectives import Objective
-from unlearn.tokens import Counts, Tokens, in_eval_mode, token_outputs
+from unlearn.tokens import Counts, Tokens, token_outputs
 
 
 @dataclass(frozen=True)

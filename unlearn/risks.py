@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from unlearn import sharding
+from unlearn.evaluating import evaluating
 from unlearn.loss import Loss
 from unlearn.rows import Row, collate, counts
 from unlearn.sharding import local
-from unlearn.tokens import evaluating
 
 Batch = dict[str, Any]
 Vectors = dict[str, Tensor]  # one tensor for each parameter, like it

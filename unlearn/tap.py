@@ -433,6 +433,21 @@ class _Call:
     outputs: int
 
 
+def narrowest(loss: Tensor) -> torch.dtype:
+    """Of the floating-point types that a loss's gradient passes on its way back, that of the least precision.
+
+    transformers' norms, softmax and state spaces drop to float32 inside a float64 model.
+    """
+    found, seen, left = {loss.dtype}, set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found |= {kind for meta in node._input_metadata if (kind := meta.dtype).is_floating_point}
+            left += [inner for inner, _ in node.next_functions]
+    return max(found, key=lambda kind: torch.finfo(kind).eps)
+
+
 class _Identity(torch.autograd.Function):
     """Passes a module's outputs through; on the way back their gradient goes to the tap, with the module's inputs."""
 

@@ -5,18 +5,14 @@ Letters: B rows, T positions, M label tokens of the batch (in row-major order), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 IGNORE = -100  # the label of a token that carries no loss
 
@@ -102,87 +98,6 @@ def at_positions(hidden: Tensor, positions: Tensor, width: int) -> Tensor:
 def unwrap(model: nn.Module) -> Any:
     """The Hugging Face model inside a DistributedDataParallel one, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-# ---- as it is measured ----
-
-
-@contextmanager
-def evaluating(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
-    """The model as whatever measures it runs it: in eval mode, by its own forward pass, without flash-attn; and back."""
-    with in_eval_mode(model, checkpointing), _own_forward(unwrap(model)), _without_flash(model):
-        yield
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module, checkpointing: bool = False) -> Iterator[None]:
-    """Without dropout, where asked with gradient checkpointing, which transformers' layers do in training only; and back."""
-    before = {module: module.training for module in model.modules()}
-    layers: list[Any] = [m for m in before if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-    checkpoints = {layer: layer._gradient_checkpointing_func for layer in layers}
-    model.eval()
-    for layer, checkpoint in checkpoints.items() if checkpointing else ():
-        layer.training = True
-        layer._gradient_checkpointing_func = partial(_in_eval_mode_too, layer, checkpoint)
-    try:
-        yield
-    finally:
-        for layer, checkpoint in checkpoints.items():
-            layer._gradient_checkpointing_func = checkpoint
-        for module, training in before.items():
-            module.training = training
-
-
-def _in_eval_mode_too(layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
-    """Checkpoint a layer that is in training mode to that end only: what it runs itself, now and again, is in eval mode."""
-
-    def evaluated(*args: Any) -> Any:
-        layer.training = False
-        try:
-            return forward(*args)
-        finally:
-            layer.training = True
-
-    return checkpoint(evaluated, *args)
-
-
-@contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Without the autocast that accelerate has put around a model that is trained: what is measured says its own."""
-    wrapped = model.__dict__.get("forward")
-    if "_original_forward" not in model.__dict__ or wrapped is None:
-        yield
-        return
-    forward: Any = wrapped
-    while hasattr(forward, "__wrapped__") and not _is_inner(
-        forward, model
-    ):  # one for each `Trainer` that the model was given to
-        forward = forward.__wrapped__
-    model.forward = forward if isinstance(forward, partial | MethodType) else MethodType(forward, model)
-    try:
-        yield
-    finally:
-        model.forward = wrapped
-
-
-def _is_inner(forward: Any, model: nn.Module) -> bool:
-    """Whether this is the model's forward pass itself, or what moves its inputs between devices."""
-    return isinstance(forward, partial) or getattr(forward, "__func__", forward) is type(model).forward
-
-
-@contextmanager
-def _without_flash(model: nn.Module) -> Iterator[None]:
-    """With PyTorch's attention in place of flash-attn: that takes half precision only, and has no second derivative."""
-    found = (getattr(module, "config", None) for module in model.modules())
-    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values()
-    flash = [(config, name) for config in configs if "flash" in (name := str(config._attn_implementation))]
-    for config, _ in flash:
-        config._attn_implementation = {"": "sdpa"}  # its own, not those of configurations inside it
-    try:
-        yield
-    finally:
-        for config, name in flash:
-            config._attn_implementation = {"": name}
 
 
 def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: int | None = None) -> Tokens:

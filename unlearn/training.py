@@ -27,12 +27,12 @@ from transformers.trainer_callback import ProgressCallback
 
 from unlearn.adapters import has_adapters
 from unlearn.checkpoints import load_weights, no_bars
+from unlearn.evaluating import evaluating
 from unlearn.files import seal, what_is_torn, write_whole
 from unlearn.loss import Loss
 from unlearn.risks import on
 from unlearn.sharding import all_finite, few_are_trained, is_sharded, unreduced, whole, whole_state
 from unlearn.signals import PATIENCE, SoftStop, Stopped
-from unlearn.tokens import evaluating
 
 Publish = Callable[[PreTrainedModel, dict[str, Tensor], int], None]
 
