@@ -50,6 +50,7 @@ from utils import (
 
 ALIASES = {"grad_ascent": "ga", "ins_npo": "tnpo", "w_ins_npo": "wtnpo", "po": "idk", "grad_diff": "gd", "KL": "kl"}
 RETAIN_TERMS = ("gd", "kl")
+REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 LEAVE = 10.0  # seconds that a process that has failed waits for the others
 
 # ---- the command line ----
@@ -359,6 +360,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "positions": BOOL,
     "gradient_checkpointing": BOOL,
     "loss_on_answer_tag": BOOL,
+    "deterministic": BOOL,
     "debug": BOOL,
 }
 FLOAT64 = {"dtype": _one_of("auto", "float32", "bfloat16", "float64")}
@@ -432,7 +434,18 @@ def prepare(cfg: DictConfig, config_name: str) -> Family:
         raise ValueError(f"hf_key={cfg.hf_key}: needs to be a folder with a config.json, {family.name} being made from scratch")
     if cfg.get("gradient_checkpointing", True) is None:
         cfg.gradient_checkpointing = family.gradient_checkpointing
+    be_deterministic(cfg.deterministic)
     return replace(family, hf_key=cfg.hf_key, data_path=cfg.data_path)
+
+
+def be_deterministic(wanted: bool) -> None:
+    """Have torch use algorithms that give the same bits each time, or (a sweep's next job) what is fastest again."""
+    os.environ.update(REPEATABLE if wanted else {})  # read when CUDA starts
+    if wanted or "torch" in sys.modules:
+        import torch
+
+        torch.use_deterministic_algorithms(wanted)
+        torch.backends.cudnn.deterministic = wanted
 
 
 def check_logger(logger: str | None) -> None:

@@ -46,6 +46,7 @@ UNNAMED = {
     *("model_family", "split", "lr", "num_epochs", "weight_decay", "hyper_param", "method.layer"),
     *("model_path", "hf_key", "data_path", "forget_data", "retain_data", "save_dir", "output_dir"),
     *("gradient_checkpointing", "parallel", "save_steps", "keep_last", "save_dtype", "logger", "debug", "plan", "plan_for"),
+    "deterministic",
     *("method.name", "method.run_name", "retain.name", "geffect.offload"),
     *("eval.every", "geffect.every", "geffect.retain_rows", "geffect.instances", "geffect.norms"),
 }

@@ -196,8 +196,8 @@ class Meter:
     def risk_gradients(self) -> dict[str, float]:
         """Fill `directions` with the gradients V of the risks, in the weights' precision; returns the risks' values."""
         if not self.directions:
-            made = {name: sharding.zeros(p, (len(RISKS),), p.dtype) for name, p in self.parameters.items()}
-            self.directions = {name: v.cpu() for name, v in made.items()} if self.offload else made
+            made = {name: sharding.zeros(p, (len(RISKS),), p.dtype, self.offload) for name, p in self.parameters.items()}
+            self.directions = made
         values = {}
         for d, risk in enumerate(RISKS):
             stacked = {name: v[d] for name, v in self.directions.items()}

@@ -66,16 +66,23 @@ def like(parameter: Tensor, full: Tensor) -> Tensor:
     return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def zeros(parameter: Tensor, stack: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """(*stack, *parameter.shape) zeros, split over the processes as the parameter is."""
+def zeros(parameter: Tensor, stack: tuple[int, ...], dtype: torch.dtype, offload: bool = False) -> Tensor:
+    """(*stack, *parameter.shape) zeros, split over the processes as the parameter is.
+
+    Args:
+        offload: in the CPU's memory, pinned where there is CUDA to copy it to; else where the parameter is.
+    """
     here = local(parameter)
+    if offload and not isinstance(parameter, DTensor):
+        return torch.zeros((*stack, *here.shape), dtype=dtype, pin_memory=torch.cuda.is_available())
     found = here.new_zeros((*stack, *here.shape), dtype=dtype)
     if not isinstance(parameter, DTensor):
         return found
     shape = torch.Size((*stack, *parameter.shape))
     placements = [Shard(len(stack))]
     strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(found, parameter.device_mesh, placements, run_check=False, shape=shape, stride=strides)
+    split = DTensor.from_local(found, parameter.device_mesh, placements, run_check=False, shape=shape, stride=strides)
+    return split.cpu() if offload else split  # `from_local` would move it to the mesh's device
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
