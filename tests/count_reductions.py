@@ -1,4 +1,4 @@
-"""One step of unlearning in shards, counting what is reduced over the processes, for test_devices.py.
+"""One step of unlearning in shards, counting what is reduced over the processes, for test_processes.py.
 
 torchrun --standalone --nproc_per_node=2 count_reductions.py MODEL OUT BATCH_SIZE ACCUMULATION
 """

@@ -105,11 +105,11 @@ WORK: dict[str, Callable[[], Any]] = {
     "scores of lone rows": lambda: forcing.teacher_force(forcing.Pass(model(), 0, 1), forget[:2], moments=True),
     "decoding": lambda: decoding.decode(forcing.Pass(model(), 0, 1), [x["input_ids"][:3] for x in forget], [3] * 4),
 }
-WORK["decoding by generate"] = lambda: by_generate()
+WORK["decoding without padding"] = lambda: without_padding()
 
 
-def by_generate() -> None:
-    with patch.object(decoding, "shares_prompts", lambda _: False):
+def without_padding() -> None:
+    with patch.object(decoding, "attends_alone", lambda _: False):
         WORK["decoding"]()
 
 

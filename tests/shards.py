@@ -1,4 +1,4 @@
-"""What processes do together where some of them have empty shards, for test_devices.py.
+"""What processes do together where some of them have empty shards, for test_processes.py.
 
 torchrun --standalone --nproc_per_node=3 shards.py OUT
 """
