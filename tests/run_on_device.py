@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from fake_device import GPU, OnGpu, Pretend
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import utils
 from dataloader import StepBatches
@@ -137,7 +137,7 @@ PLANTED: dict[str, Callable[[], Any]] = {
     "scores": lambda: on_cpu(forcing, "widen"),
     "scores of lone rows": lambda: on_cpu(tokens, "widen"),
     "decoding": lambda: on_cpu(decoding, "_pad_left"),
-    "decoding by generate": lambda: on_cpu(GenerationMixin, "prepare_inputs_for_generation"),
+    "decoding without padding": lambda: on_cpu(tokens, "at_positions"),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from tokenizers import ByteLevelBPETokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -27,7 +27,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from unlearn.adapters import has_adapters, merged, read_adapter
 from unlearn.files import base_of, lacks_tokenizer, remove_whole, written_whole
-from unlearn.sharding import like
+from unlearn.sharding import first_names, like
 
 Weights = Mapping[str, Tensor]
 
@@ -86,11 +86,20 @@ def load_model(
         config = AutoConfig.from_pretrained(path)
     how = "sdpa" if dtype == torch.float64 else attention(device, flash_attention)  # the plain one's softmax is float32
     how = _supported(how, config)
+    # to a GPU weight by weight, not the whole by way of the CPU
+    straight = {"device_map": {"": device}} if device.type == "cuda" else {}
     with named(path, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=how, output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=how,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **straight,
         )
     model: PreTrainedModel = loaded[0]
+    model.__dict__.pop("hf_device_map", None)  # of a model on one device; Trainer would compare it with its own name for it
     report: dict[str, Any] = loaded[1]
     if other := sorted(name for name, *_ in report["mismatched_keys"]):
         raise ValueError(f"{path}: its {', '.join(other[:3])} is of another shape than its config.json says")
@@ -109,7 +118,10 @@ def load_weights(model: PreTrainedModel, path: str) -> None:
     """
     if has_adapters(model):
         return read_adapter(model, Path(path))
-    put_weights(model, read_weights(model, path))
+    there = _there(model, path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(like(parameter, there[name]))  # no more than one weight twice
 
 
 def read_weights(model: PreTrainedModel, path: str, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
@@ -118,13 +130,20 @@ def read_weights(model: PreTrainedModel, path: str, keep: Callable[[Tensor], Ten
     Args:
         keep: what becomes of each, before the next one is put there.
     """
+    there = _there(model, path)
+    return {name: keep(like(parameter, there[name])) for name, parameter in model.named_parameters()}
+
+
+def _there(model: PreTrainedModel, path: str) -> dict[str, nn.Parameter]:
+    """A checkpoint's weights by name, on the CPU, in the model's precision. Raises ValueError as `load_weights` does."""
+    kind = model.dtype if base_of(path) is None else torch.promote_types(model.dtype, torch.float32)  # adapters are added in it
     with no_bars():
-        there = dict(load_model(path, torch.device("cpu"), dtype=model.dtype).named_parameters())
+        there = dict(load_model(path, torch.device("cpu"), dtype=kind).named_parameters())
     for name, parameter in model.named_parameters():
         shape = tuple(there[name].shape) if name in there else "nothing"
         if shape != tuple(parameter.shape):
             raise ValueError(f"{path}: another model ({name} is {shape} there, {tuple(parameter.shape)} in the original)")
-    return {name: keep(like(parameter, there[name])) for name, parameter in model.named_parameters()}
+    return there
 
 
 @torch.no_grad()
@@ -188,10 +207,13 @@ def save_model(
     Args:
         weights: the model's state dict, where it is in shards.
     """
-    kind = getattr(torch, dtype)
-    weights = {name: weight.to(kind) for name, weight in (weights or model.state_dict()).items()}
+    kind, first = getattr(torch, dtype), first_names(model)
+    cast: dict[str, Tensor] = {}  # on the CPU, one after the other: tied weights once
+    for name, weight in (weights or model.state_dict()).items():
+        once = first.get(name, name)
+        cast[name] = cast[once] if once in cast else weight.to("cpu", kind)
     with no_bars():
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=cast)
     tokenizer.save_pretrained(folder)
     if has_adapters(model):  # a config.json would make it a whole model
         return
