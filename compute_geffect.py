@@ -247,7 +247,7 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
         shard(model, bf16)
         if reference is not None and reference is not model:
             shard(reference, bf16)
-    tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
+    tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length, model=model)
     risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
     rows = {"forget": risks["unlearn"], "idk": []}
     if any(one.method.answers == "idk" for one in objectives):

@@ -209,7 +209,7 @@ class Models:
 
         assert self.how is not None
         positions = positions_of(self.how.model) or self.cfg.max_length
-        return dataloader.tokenize(rows, self.tokenizer, self.family, min(self.cfg.max_length, positions))
+        return dataloader.tokenize(rows, self.tokenizer, self.family, min(self.cfg.max_length, positions), self.how.model)
 
 
 # ---- going on where it was ----

@@ -90,7 +90,7 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
     settings.check_disk(cfg, {folder}, model.num_parameters())  # `prepare` can't tell for a hub's model, or a new one
     if cfg.parallel == "fsdp":
         shard(model, utils.use_bfloat16(cfg.dtype, family))
-    tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length)
+    tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length, model)
     batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), pad_id(tokenizer))
 
     def publish(model: PreTrainedModel, weights: dict[str, Tensor], step: int) -> None:

@@ -128,7 +128,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
         if reference is not None and reference is not model:
             shard(reference, bf16)
     pad = pad_id(tokenizer)
-    tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
+    tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length, model=model)
     measured = {"forget": tokenize(data.forget), "retain": tokenize(data.held_out)}
     if cfg.method.answers == "idk":
         measured["idk"] = tokenize(dataloader.idk_rows(data.forget, cfg.seed))

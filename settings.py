@@ -44,6 +44,7 @@ from utils import (
     is_checkpoint,
     load_families,
     load_family,
+    other_weights,
     read_jsonl,
     read_object,
     set_deterministic,
@@ -435,6 +436,12 @@ def prepare(cfg: DictConfig, config_name: str) -> Family:
     cfg.model_family, cfg.hf_key, cfg.data_path = family.name, find_path(family.hf_key), find_path(family.data_path)
     if family.from_scratch and not Path(cfg.hf_key, "config.json").exists():
         raise ValueError(f"hf_key={cfg.hf_key}: needs to be a folder with a config.json, {family.name} being made from scratch")
+    if family.from_scratch and (others := other_weights(Path(cfg.hf_key))):
+        why = why_no_checkpoint(Path(cfg.hf_key)) or ""
+        raise ValueError(
+            f"hf_key={cfg.hf_key}: {why}; a new model is made where nothing of one is but a config.json, and there is"
+            f" {', '.join(others[:3])}"
+        )
     if cfg.get("gradient_checkpointing", True) is None:
         cfg.gradient_checkpointing = family.gradient_checkpointing
     return replace(family, hf_key=cfg.hf_key, data_path=cfg.data_path)

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +52,7 @@ FORGET_SPLITS = ("forget01", "forget05", "forget10")
 RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 TRAIN_SPLITS = ("full", *RETAIN_OF.values())
 
+WEIGHTS = r"\.(bin|safetensors.*|pt|pth|ckpt|h5|msgpack|gguf|npz|onnx|index\.json)$|(^|/)adapter_config\.json$"
 HUB_TOFU = "locuslab/TOFU"
 IDK = ROOT / "data" / "idontknow.jsonl"
 TEXTS = ("question", "answer")  # of a row, that training reads
@@ -390,7 +392,10 @@ def why_no_checkpoint(folder: Path) -> str | None:
     if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         return "a folder without a checkpoint"
     if not any(folder.glob("*.safetensors")):
-        return "a folder without a checkpoint"
+        if not (others := other_weights(folder)):
+            return "a folder without a checkpoint"
+        call = f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained(NEW)"
+        return f"its weights are {', '.join(others[:3])}, and only safetensors are read: {call} writes them"
     try:
         if (config := folder / "config.json").exists() and "model_type" not in read_object(config):
             return f"its {config.name} names no model_type"
@@ -401,6 +406,13 @@ def why_no_checkpoint(folder: Path) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def other_weights(folder: Path) -> list[str]:
+    """The files of a folder that hold weights, or name them, in whatever format, a few folders deep."""
+    found = [file for pattern in ("*", "*/*", "*/*/*") for file in folder.glob(pattern)]
+    names = [str(file.relative_to(folder)) for file in found if not file.is_dir()]
+    return sorted(name for name in names if re.search(WEIGHTS, name))
 
 
 def step_of(folder: Path) -> int | None:
@@ -443,10 +455,13 @@ def original_model(family: Family, cfg: DictConfig) -> str:
     here = finetuned_folder(family, tuning)
     if is_checkpoint(here):
         return str(here)
+    like = f"ft_epoch*_{family.name}_{split_name(tuning)}_*"
+    others = sorted(str(folder) for folder in here.parent.glob(like) if is_checkpoint(folder))
     if family.ft_model_path is None or cfg.forget_data is not None:
         raise ValueError(
             f"model_family={family.name}: no fine-tuned model, {here} is not there;"
-            f" run finetune.py model_family={family.name} first, or give model_path=FOLDER"
+            + (f" there are {', '.join(others)};" if others else f" run finetune.py model_family={family.name} first, or")
+            + " give model_path=FOLDER"
         )
     return find_path(family.ft_model_path)
 

@@ -42,9 +42,7 @@ def measure_task(
     texts = [
         [row["answer"], row.get("paraphrased_answer") or row["answer"], *(row.get("perturbed_answer") or ())] for row in rows
     ]
-    asked = tokenize(
-        [{"question": row["question"], "answer": text} for row, of in zip(rows, texts, strict=True) for text in of]
-    )
+    asked = tokenize([dict(row) | {"answer": text} for row, of in zip(rows, texts, strict=True) for text in of])
     forced = iter(teacher_force(how, asked, what=f"{what} losses"))
     of_row = [[next(forced) for _ in of] for of in texts]
     heads = [asked[i] for i in np.cumsum([0, *map(len, texts)])[:-1]]

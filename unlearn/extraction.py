@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unlearn import scores
 from unlearn.checkpoints import pad_id
 from unlearn.decoding import decode, greedy_answers, positions_of
-from unlearn.forcing import Forced, Pass, check_labels, prompt_length, teacher_force
+from unlearn.forcing import Forced, Pass, check_fit, check_labels, prompt_length, teacher_force
 from unlearn.rows import Row, tokenize_pairs
 from unlearn.tokens import IGNORE
 
@@ -123,6 +123,7 @@ def score_rows(
     if not pairs:
         raise ValueError("no rows to score")
     rows = tokenize_pairs(pairs, tokenizer, min(max_length, positions_of(model) or max_length))
+    check_fit(model, rows, [f"pairs[{i}]" for i in range(len(rows))])
     how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, batch_size=batch_size)
     forced = teacher_force(how, rows, moments=True)
     others: list[float | None] = [None] * len(rows)

@@ -31,6 +31,7 @@ from unlearn.sharding import is_sharded
 from unlearn.tokens import IGNORE, head_at, token_outputs, unwrap, widen
 
 Prompt = tuple[int, ...]
+KEPT = 2  # positions that some models keep for themselves
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,25 @@ def check_labels(rows: Sequence[Row], what: str) -> None:
     for number, row in enumerate(rows, start=1):
         if (row["labels"] == IGNORE).all():
             raise ValueError(f"{what}: row {number} of {len(rows)} has no label token: no answer, and no end of one")
+
+
+def check_fit(model: PreTrainedModel, rows: Sequence[Row], places: Sequence[str]) -> None:
+    """Raises ValueError where the model does not embed a row's token, or has no position for it; `places` names the rows."""
+    embedded = len(unwrap(model).get_input_embeddings().weight)
+    for place, row in zip(places, rows, strict=True):
+        if (token := int(row["input_ids"].max())) >= embedded:
+            raise ValueError(f"{place}: has the token {token}, and the model embeds {embedded}: 0 to {embedded - 1}")
+    positions = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+    length, longest = max(((len(row["input_ids"]), i) for i, row in enumerate(rows)), default=(0, 0))
+    if positions is None or length <= positions - KEPT:
+        return
+    try:  # rotary positions go on behind those that a model was made for
+        with torch.no_grad(), evaluating(model, checkpointing=False):
+            model(input_ids=rows[longest]["input_ids"][None].to(model.device), use_cache=False)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{places[longest]}: has {length} tokens, and the model positions for {positions}; max_length={positions} cuts rows"
+        ) from error
 
 
 def token_nlls(how: Pass, rows: Sequence[Row], what: str = "losses") -> list[Tensor]:

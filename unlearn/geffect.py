@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from unlearn.checkpoints import pad_id
-from unlearn.forcing import Pass, token_nlls
+from unlearn.forcing import Pass, check_fit, token_nlls
 from unlearn.loss import Loss
 from unlearn.meter import RISKS, Meter, Target, Wanted
 from unlearn.objectives import Objective
@@ -98,6 +98,8 @@ def meter_of(
         if not len(given):
             raise ValueError(f"{name}: no rows")
     rows = {name: _tokenized(name, of, tokenizer) for name, of in (("forget", forget), ("retain", retain), ("beside", beside))}
+    for name, of in rows.items():
+        check_fit(model, of, [f"{name}[{i}]" for i in range(len(of))])
     loss = objective if isinstance(objective, Loss) else Loss(objective=objective)
     if loss.retain is not None and loss.reference is None:
         loss = replace(loss, reference=reference)

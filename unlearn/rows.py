@@ -22,6 +22,7 @@ def tokenize_pairs(
     max_length: int = 500,
     prompt_loss: int = 0,
     special_tokens: bool | None = None,
+    places: Sequence[str] | None = None,
 ) -> list[Row]:
     """(prompt, answer) texts to token ids, with labels on the answer's tokens and one end-of-sequence token.
 
@@ -32,6 +33,7 @@ def tokenize_pairs(
         prompt_loss: how many of the prompt's last characters count as answer.
         special_tokens: whether the tokenizer adds its own; None: to texts that do not begin with them (as those of a chat
             template do).
+        places: what to call each row in what is said of it; None: its number.
 
     Raises:
         ValueError: a row's prompt leaves no room for an answer, or the tokenizer has no end-of-sequence token or gives
@@ -45,7 +47,8 @@ def tokenize_pairs(
         boundary = len(pairs[number - 1][0]) - prompt_loss
         rows.append(_to_row(ids, ends, boundary, tokenizer.eos_token_id, max_length))
         if (rows[-1]["labels"] == IGNORE).all():
-            raise ValueError(f"row {number}: its prompt alone fills max_length={max_length} tokens")
+            place = f"row {number}" if places is None else places[number - 1]
+            raise ValueError(f"{place}: its prompt alone fills max_length={max_length} tokens")
     return rows
 
 
