@@ -155,7 +155,6 @@ PLANTED: dict[str, Callable[[], Any]] = {
     "scores": lambda: on_cpu(forcing, "widen"),
     "scores of lone rows": lambda: on_cpu(tokens, "widen"),
     "decoding": lambda: on_cpu(decoding, "_pad_left"),
-    "saving": lambda: patch.object(checkpoints, "first_names", lambda _: torch.zeros(2).to(GPU) + torch.zeros(2)),
     "decoding by generate": lambda: on_cpu(GenerationMixin, "prepare_inputs_for_generation"),
 }
 
@@ -170,4 +169,4 @@ def how_it_ends(name: str) -> str:
 
 
 planted = sys.argv[1:] == ["planted"]
-print(json.dumps({name: how_it_ends(name) for name in WORK}))
+print(json.dumps({name: how_it_ends(name) for name in (PLANTED if planted else WORK)}))
