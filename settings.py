@@ -47,12 +47,13 @@ from utils import (
     other_weights,
     read_jsonl,
     read_object,
-    set_deterministic,
     why_no_checkpoint,
 )
 
 ALIASES = {"grad_ascent": "ga", "ins_npo": "tnpo", "w_ins_npo": "wtnpo", "po": "idk", "grad_diff": "gd", "KL": "kl"}
 RETAIN_TERMS = ("gd", "kl")
+
+REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 
 # ---- the command line ----
 
@@ -73,8 +74,6 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
     def job(cfg: DictConfig) -> Any:  # Hydra would print a line of its own, and stop a sweep
         with noted(cfg) as failed:
             try:
-                if "torch" in sys.modules or cfg.get("deterministic"):
-                    set_deterministic(bool(cfg.get("deterministic")))
                 return run(cfg)
             except Exception as error:
                 failed.append(one_line(error, config_name))
@@ -444,7 +443,18 @@ def prepare(cfg: DictConfig, config_name: str) -> Family:
         )
     if cfg.get("gradient_checkpointing", True) is None:
         cfg.gradient_checkpointing = family.gradient_checkpointing
+    be_deterministic(cfg.deterministic)
     return replace(family, hf_key=cfg.hf_key, data_path=cfg.data_path)
+
+
+def be_deterministic(wanted: bool) -> None:
+    """Have torch use algorithms that give the same bits each time, or (a sweep's next job) what is fastest again."""
+    os.environ.update(REPEATABLE if wanted else {})  # read when CUDA starts
+    if wanted or "torch" in sys.modules:
+        import torch
+
+        torch.use_deterministic_algorithms(wanted)
+        torch.backends.cudnn.deterministic = wanted
 
 
 def check_logger(logger: str | None) -> None:

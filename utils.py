@@ -584,16 +584,6 @@ def model_device(cfg: DictConfig) -> torch.device:
     return torch.device("cpu") if cfg.parallel == "fsdp" and processes() > 1 else here
 
 
-def set_deterministic(on: bool) -> None:
-    """Whether CUDA's kernels give the same bits each time, where PyTorch has such; call it before CUDA starts."""
-    import torch
-
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
-    torch.use_deterministic_algorithms(on)
-
-
 def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import utils
 from dataloader import StepBatches
-from unlearn import decoding, forcing, meter, objectives, risks, tangents, tap, tokens, training
+from unlearn import checkpoints, decoding, forcing, meter, objectives, risks, tangents, tap, tokens, training
 from unlearn.loss import Loss
 from unlearn.meter import Meter, Target, Wanted
 
@@ -113,6 +115,22 @@ def without_padding() -> None:
         WORK["decoding"]()
 
 
+def saving() -> None:
+    """The weights are cast on the CPU, tied ones once."""
+    saved: dict[str, Any] = {}
+    whole = model()
+    whole.save_pretrained = lambda folder, state_dict: saved.update(state_dict)
+    tokenizer: Any = SimpleNamespace(save_pretrained=lambda folder: None)
+    with TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text("{}")
+        checkpoints.save_model(whole, tokenizer, Path(folder), "bfloat16")
+    assert {(type(x), x.dtype) for x in saved.values()} == {(torch.Tensor, torch.bfloat16)}
+    assert len({x.data_ptr() for x in saved.values()}) == len(list(whole.parameters()))
+
+
+WORK["saving"] = saving
+
+
 def on_cpu(owner: Any, name: str) -> Any:
     """A patch of a function: what it gives is left on the CPU."""
     function = getattr(owner, name)
@@ -151,4 +169,4 @@ def how_it_ends(name: str) -> str:
 
 
 planted = sys.argv[1:] == ["planted"]
-print(json.dumps({name: how_it_ends(name) for name in WORK}))
+print(json.dumps({name: how_it_ends(name) for name in (PLANTED if planted else WORK)}))

@@ -9,10 +9,10 @@ from conftest import ROOT, run_in
 
 
 def test_all_work_runs_on_the_device(tmp_path: Path) -> None:
-    """Training, measuring in each way, scoring and decoding."""
+    """Training, measuring in each way, scoring, decoding and saving."""
     ends = json.loads(run_in(tmp_path, f"python {ROOT}/tests/run_on_device.py").stdout)
     assert ends == dict.fromkeys(ends, "done")
-    assert len(ends) == 13
+    assert len(ends) == 14
 
 
 def test_a_tensor_left_on_the_cpu_is_noticed(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from unlearn import meter as meters
+from unlearn import sharding
 from unlearn.decoding import decode
 from unlearn.extraction import score_rows
 from unlearn.forcing import Pass, token_nlls
@@ -380,3 +381,16 @@ def test_rows_without_label_tokens_are_named(forget: Any, retain: Any, words: st
         geffect(model, TOKENS, forget, retain, ga, reference=copy.deepcopy(model) if compared else None)
     with pytest.raises(ValueError, match=r"the retain risk: its 1 rows have no label tokens"):
         Meter(model, Target(Loss(ga), [ROW]), {"unlearn": [ROW], "retain": [NONE]}, 0)
+
+
+# ---- V off the GPU ----
+
+
+def test_v_off_the_gpu_is_never_on_it() -> None:
+    """`offload`: V is made in CPU memory, and a tensor at a time comes to the device."""
+    model = build("llama").float()
+    meter = Meter(model, Target(Loss(ga), FORGET), {"unlearn": FORGET, "retain": RETAIN}, 0, Wanted(), offload=True)
+    meta = {name: p.to("meta") for name, p in meter.parameters.items()}
+    assert {sharding.zeros(p, (2,), p.dtype, offload=True).device.type for p in meta.values()} == {"cpu"}
+    want = Meter(model, Target(Loss(ga), FORGET), {"unlearn": FORGET, "retain": RETAIN}, 0, Wanted()).measure()
+    assert meter.measure()["steps"]["geffect"].tolist() == want["steps"]["geffect"].tolist()

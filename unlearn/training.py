@@ -67,6 +67,8 @@ class StepTrainer(Trainer):
     def __init__(self, loss: Loss, publish: Publish | None, **kwargs: Any) -> None:
         # A compute_loss_func tells Trainer that the loss needs no division by the accumulation steps.
         super().__init__(data_collator=lambda items: items[0], compute_loss_func=loss, **kwargs)
+        assert self.accelerator.ddp_handler is not None
+        self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else DDP's buckets are a second copy of the gradients
         self.loss, self.publish = loss, publish
         self.batches = kwargs["train_dataset"]
         self.sharded = isinstance(self.model, nn.Module) and is_sharded(self.model)
