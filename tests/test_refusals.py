@@ -15,7 +15,7 @@ from test_geffect import FORGET, RETAIN, build
 from test_measuring import TOKENS
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from unlearn.checkpoints import load_model
+from unlearn.checkpoints import load_model, save_model
 from unlearn.extraction import score_rows
 from unlearn.geffect import geffect
 from unlearn.objectives import ga
@@ -75,6 +75,21 @@ def test_fine_tuned_models_of_other_settings_are_named(young: Path, tmp_path: Pa
     assert done.returncode == 2
     assert "no fine-tuned model" in done.stderr
     assert "data/weight/ft_epoch3_lr0.002_tiny_full_wd0.0; give model_path=FOLDER" in done.stderr
+
+
+def test_a_saved_tokenizer_has_the_names_of_transformers_4(young: Path, tmp_path: Path) -> None:
+    """Checked by hand with 4.57: the same ids there. Here it loads as it was, special tokens and all."""
+    written = json.loads((young / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer = AutoTokenizer.from_pretrained(young, extra_special_tokens=["<user>"])
+    save_model(load_model(str(young), torch.device("cpu")), tokenizer, tmp_path, "float32")
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["additional_special_tokens"] == ["<user>"]
+    assert "extra_special_tokens" not in written
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "<user>Riga, March 1954<eos>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert set(again.all_special_tokens) == set(tokenizer.all_special_tokens)
 
 
 # ---- rows that the model has no place for ----

@@ -215,10 +215,24 @@ def save_model(
     with no_bars():
         model.save_pretrained(folder, state_dict=cast)
     tokenizer.save_pretrained(folder)
+    name_as_before(folder / "tokenizer_config.json")
     if has_adapters(model):  # a config.json would make it a whole model
         return
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+
+
+def name_as_before(file: Path) -> None:
+    """Have a saved tokenizer loaded by transformers 4, too: by the names that it has for these, and that 5 still reads."""
+    config = json.loads(file.read_text()) if file.exists() else {}
+    if config.get("tokenizer_class") != "TokenizersBackend":
+        return
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra := config.pop("extra_special_tokens", None), list):
+        config["additional_special_tokens"] = extra
+    elif extra is not None:
+        config["extra_special_tokens"] = extra
+    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_checkpoint(
