@@ -399,7 +399,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable()
 
 
-def freeze_unreached(model: PreTrainedModel, loss: Loss, batch: dict[str, Any], bf16: bool) -> None:
+def freeze_unreached(model: PreTrainedModel, loss: Loss, batch: dict[str, Any], bf16: bool = False) -> None:
     """Freeze the parameters that the loss does not depend on (those above RMU's layer): DDP would wait for them.
 
     Told by one backward pass, run as training's are but without dropout.
