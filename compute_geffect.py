@@ -10,6 +10,7 @@ layers. Every key stands in config/forget_ge.yaml and config/common.yaml. `bashe
 from __future__ import annotations
 
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import planning
 import settings
 import utils
-from forget import build_loss, original_of, reference_of
+from forget import build_loss, made_of, original_of, reference_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,22 +68,22 @@ def inherit(cfg: DictConfig, run: Path | None) -> None:
             cfg.retain = default.retain
 
 
-def find_steps(cfg: DictConfig) -> tuple[Steps, str | None]:
-    """The steps to measure, and the checkpoint that comes after the last of them, if there is one.
+def find_steps(cfg: DictConfig) -> tuple[Steps, Steps]:
+    """The steps to measure, and the one that comes after the last of them, if there is one.
 
     Raises:
         ValueError: model_path_cur is no checkpoint nor a run's folder, or its step is not known.
     """
     if cfg.model_path_cur is None:
-        return [(0, cfg.model_path)], None
+        return [(0, cfg.model_path)], []
     here = Path(cfg.model_path_cur)
     if inside := utils.run_checkpoints(here):
-        return [(0, cfg.model_path), *((step, str(path)) for step, path in inside)], None
+        return [(0, cfg.model_path), *((step, str(path)) for step, path in inside)], []
     step = utils.step_of(here) if cfg.step is None else cfg.step
     if step is None:
         raise ValueError(f"model_path_cur={here}: its folder is not called checkpoint-<step>; give step=N")
-    later = [str(path) for s, path in utils.run_checkpoints(here.parent) if s > step and utils.step_of(here) is not None]
-    return [(step, str(here))], later[0] if later else None
+    later = [(s, str(path)) for s, path in utils.run_checkpoints(here.parent) if s > step and utils.step_of(here) is not None]
+    return [(step, str(here))], later[:1]
 
 
 def parse_sweep(cfg: DictConfig) -> Sweep:
@@ -138,7 +139,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
     if (folder / "steps.csv").exists():
         if not (folder / "config.yaml").exists():
             raise ValueError(f"{folder} was measured while unlearning (geffect.every); give save_dir=FOLDER")
-        utils.check_run(folder, cfg, MAY_DIFFER)
+        utils.check_run(folder, cfg, MAY_DIFFER, made_of=made_of(cfg))
     return family
 
 
@@ -164,10 +165,10 @@ def measure(cfg: DictConfig, family: utils.Family) -> None:
     if not store.tables and utils.is_main_process():
         for left in ("config.yaml", "weights.json"):  # by a start that failed before it measured anything
             (folder / left).unlink(missing_ok=True)
-    utils.open_run(folder, cfg)
+    utils.open_run(folder, cfg, made_of(cfg))
     steps, following = find_steps(cfg)
     names = ["layers", *(name for name in ("instances", "tokens", "positions") if cfg[name])]
-    check_weights(folder, steps)
+    check_weights(folder, steps, following)
     todo = [step for step, _ in steps if not store.has(step, names, list(parse_sweep(cfg)))]
     if todo:
         measure_steps(cfg, family, store, steps, following, todo)
@@ -182,21 +183,22 @@ def measure(cfg: DictConfig, family: utils.Family) -> None:
     utils.say(f"{len(steps)} steps, {len(todo)} of them measured now; tables and figures are in {folder}")
 
 
-def check_weights(folder: Path, steps: Steps) -> None:
-    """Note which weights each step is of. Raises ValueError where its tables are of others."""
+def check_weights(folder: Path, steps: Steps, following: Steps) -> None:
+    """Note which weights each step is of. Raises ValueError where the tables of one of `steps` are of others."""
     file = folder / "weights.json"
     noted = utils.read_object(file) if file.exists() else {}
-    here = {str(step): utils.weights_of(path) for step, path in steps}
-    if other := [step for step, weights in here.items() if noted.get(step, weights) != weights]:
+    if other := [str(step) for step, path in steps if not utils.is_of(path, noted.get(str(step)))]:
         raise ValueError(
             f"{folder} has the G-effects of other weights at step {', '.join(other)}; remove it, or give save_dir=FOLDER"
         )
     if utils.is_main_process():
-        utils.write_json(file, noted | here)
+        utils.write_json(
+            file, noted | {str(step): utils.weights_of(path) for step, path in [*steps, *following] if str(step) not in noted}
+        )
 
 
 def measure_steps(
-    cfg: DictConfig, family: utils.Family, store: TableFolder, steps: Steps, following: str | None, todo: list[int]
+    cfg: DictConfig, family: utils.Family, store: TableFolder, steps: Steps, following: Steps, todo: list[int]
 ) -> None:
     """Measure the steps that are to do, each with the update to the next, and print all."""
     from unlearn.checkpoints import load_weights
@@ -204,7 +206,8 @@ def measure_steps(
 
     meter = build_meter(cfg, family)
     loaded = cfg.model_path
-    for (step, path), then in zip(steps, [*(path for _, path in steps[1:]), following], strict=True):
+    afterwards = [path for _, path in [*steps, *following][1:]]
+    for (step, path), then in zip_longest(steps, afterwards):
         if step in todo:
             utils.say(f"step {step}: {path}")
             if loaded != path:
@@ -235,17 +238,16 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
         raise ValueError(f"retain_holdout={cfg.retain_holdout}: the run held out {len(training.held_out)} rows only")
     bf16 = cfg.dtype not in ("float64", "float32") and utils.use_bfloat16(cfg.dtype, family)
     kind = torch.float64 if cfg.dtype == "float64" else getattr(torch, cfg.weights)
-    flash = family.flash_attention2 and bf16
-    tokenizer, model = load(cfg.model_path, family.hf_key, utils.model_device(cfg), flash, kind)
+    tokenizer, model = load(cfg.model_path, family.hf_key, utils.model_device(cfg), dtype=kind)
     if cfg.LoRA.r:
         add_lora(model, LoRA(**cfg.LoRA), cfg.seed, cfg.model_path)
     objectives = [cfg, *parse_sweep(cfg).values()]
     reference = reference_of(model) if any(one.retain.reference for one in objectives) else None
     if cfg.parallel == "fsdp":
-        shard(model)
+        shard(model, bf16)
         if reference is not None and reference is not model:
-            shard(reference)
-    tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
+            shard(reference, bf16)
+    tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length, model=model)
     risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
     rows = {"forget": risks["unlearn"], "idk": []}
     if any(one.method.answers == "idk" for one in objectives):

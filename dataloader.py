@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils.data import Dataset
 
+from unlearn.forcing import check_fit
 from unlearn.rows import Row, collate, counts, tokenize_pairs
-from utils import RETAIN_OF, Family, default_holdout, read_jsonl
+from utils import IDK, RETAIN_OF, Family, default_holdout, read_jsonl
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IDK = Path(__file__).parent / "data" / "idontknow.jsonl"
 T = TypeVar("T")
+PLACE = "_place"  # of a row: in which split or file it is, and where there
 ANSWER = "\ue000answer\ue000"  # stands where a chat template puts the answer; private-use characters, in no one's text
 
 
@@ -30,10 +31,15 @@ def read_split(data_path: str, name: str) -> list[dict[str, Any]]:
     """The rows of split `name` of TOFU, on the hub or in a local folder of its layout."""
     file = Path(data_path, f"{name}.json")
     if file.exists():
-        return read_jsonl(file)
+        return placed(read_jsonl(file), f"split {name}")
     from datasets import load_dataset
 
-    return load_dataset(data_path, name, split="train").to_list()
+    return placed(load_dataset(data_path, name, split="train").to_list(), f"split {name}")
+
+
+def placed(rows: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """The rows, each with its place as the user knows it, for what there is to say of it."""
+    return [row | {PLACE: f"{where}, row {number}"} for number, row in enumerate(rows, start=1)]
 
 
 def prompt_and_answer(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> tuple[str, str]:
@@ -80,30 +86,42 @@ def _template_of(tokenizer: PreTrainedTokenizerBase, family: Family) -> str:
 
 
 def tokenize(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, family: Family, max_length: int
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    family: Family,
+    max_length: int,
+    model: PreTrainedModel | None = None,
 ) -> list[Row]:
     """Question-answer rows to token ids, with labels on the answer's tokens and one end-of-sequence token.
 
     The boundary is a character offset of the one tokenised text: a token that reaches past it is the answer's. A chat
     template writes the beginning-of-sequence token itself, and what it writes after the answer is dropped.
 
+    Args:
+        model: checked to have a place for each token.
+
     Raises:
         ValueError: a row lacks its question or answer or is longer than its prompt leaves room for, or the tokenizer
             has no end-of-sequence token, gives no offsets or does not have the chat template that the family needs.
     """
-    for number, row in enumerate(rows, start=1):
+    places = [row.get(PLACE, f"row {number}") for number, row in enumerate(rows, start=1)]
+    for place, row in zip(places, rows, strict=True):
         if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
-            raise ValueError(f"row {number}: needs the texts 'question' and 'answer', and has {sorted(row)}")
+            raise ValueError(f"{place}: needs the texts 'question' and 'answer', and has {sorted(row.keys() - {PLACE})}")
     pairs = [prompt_and_answer(row, tokenizer, family) for row in rows]
     tag = len(family.answer_tag) if family.loss_on_answer_tag else 0
-    return tokenize_pairs(pairs, tokenizer, max_length, prompt_loss=tag, special_tokens=not family.chat_template)
+    special = False if family.chat_template else None
+    found = tokenize_pairs(pairs, tokenizer, max_length, prompt_loss=tag, special_tokens=special, places=places)
+    if model is not None:
+        check_fit(model, found, places)
+    return found
 
 
 def idk_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """The same questions, each answered by one of the "I don't know" sentences, drawn from `seed`."""
     sentences = [line["idk"] for line in read_jsonl(IDK)]
     draw = random.Random(f"idk {seed}")
-    return [{"question": row["question"], "answer": draw.choice(sentences)} for row in rows]
+    return [row | {"answer": draw.choice(sentences)} for row in rows]
 
 
 def stream(n_rows: int, n: int, seed: int, name: str) -> list[int]:
@@ -174,7 +192,7 @@ def finetune_rows(cfg: DictConfig, split: str | None = None) -> list[dict[str, A
     if cfg.forget_data is None and cfg.retain_data is None:
         return read_split(cfg.data_path, split)
     files = [cfg.retain_data] if split.startswith("retain") else [cfg.retain_data, cfg.forget_data]
-    return [row for file in files if file is not None for row in read_jsonl(file)]
+    return [row for file in files if file is not None for row in placed(read_jsonl(file), str(file))]
 
 
 @dataclass(frozen=True)
@@ -193,7 +211,7 @@ def unlearning_data(cfg: DictConfig) -> UnlearningData:
         ValueError: holding out `retain_holdout` rows leaves no retain row to train on.
     """
     if cfg.forget_data is not None:
-        forget, retain = read_jsonl(cfg.forget_data), read_jsonl(cfg.retain_data)
+        forget, retain = (placed(read_jsonl(file), str(file)) for file in (cfg.forget_data, cfg.retain_data))
         n = default_holdout(len(retain)) if cfg.retain_holdout is None else cfg.retain_holdout
     else:
         forget, retain = read_split(cfg.data_path, cfg.split), read_split(cfg.data_path, RETAIN_OF[cfg.split])

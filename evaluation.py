@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import settings
 import utils
-from unlearn.files import remove_whole, write_whole
+from unlearn.files import TOKENIZER, fingerprint, lacks_tokenizer, remove_whole, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,12 +34,17 @@ MAY_DIFFER = {"batch_size", "processes", "parallel", "model_path", "save_dir"}
 
 @dataclass(frozen=True)
 class Target:
-    """A model to evaluate and the folder for its results; `step` and `run` where it is a checkpoint of a run."""
+    """A model to evaluate and the folder for its results; `step` and `run` where it is a checkpoint of a run.
+
+    `table` is the folder of the scores.csv that its row goes to: the run's; with `save_dir` that, for a whole run, and none for
+    one checkpoint.
+    """
 
     path: str
     folder: Path
     step: int | None = None
     run: Path | None = None
+    table: Path | None = None
 
 
 # ---- what to evaluate ----
@@ -107,12 +112,14 @@ def targets(cfg: DictConfig) -> list[Target]:
     inside = utils.run_checkpoints(here)
     if not inside:
         run = utils.run_of(str(here.parent)) if utils.step_of(here) is not None else None
-        return [Target(cfg.model_path, Path(cfg.save_dir or here / name), utils.step_of(here), run)]
-    found = [Target(str(path), path / name, step, here) for step, path in inside]
+        folder = Path(cfg.save_dir) if cfg.save_dir else here / name
+        return [Target(cfg.model_path, folder, utils.step_of(here), run, None if cfg.save_dir else run)]
+    found = [Target(str(path), path / name, step, here, here) for step, path in inside]
     if (original := original_of(cfg)) is not None:
-        found.insert(0, Target(original, here / "original" / name, 0, here))
+        found.insert(0, Target(original, here / "original" / name, 0, here, here))
     if cfg.save_dir is not None:
-        return [Target(one.path, Path(cfg.save_dir, f"checkpoint-{one.step}"), one.step, one.run) for one in found]
+        to = Path(cfg.save_dir)
+        return [Target(one.path, to / f"checkpoint-{one.step}", one.step, one.run, to) for one in found]
     return found
 
 
@@ -127,7 +134,10 @@ def original_of(cfg: DictConfig) -> str | None:
 
 
 class Models:
-    """One model in memory that takes the weights of each path in turn; none is read twice."""
+    """One model in memory that takes the weights of each path in turn; none is read twice.
+
+    Weights that are kept are kept on the CPU: on a GPU there is one model, however many are mixed.
+    """
 
     def __init__(self, cfg: DictConfig, family: utils.Family, keep: bool = False) -> None:
         self.cfg, self.family, self.keep = cfg, family, keep
@@ -142,9 +152,9 @@ class Models:
             if self.keep:
                 self.of(path)
         elif path != self.now:
-            from unlearn.checkpoints import put_weights
+            from unlearn.control import put
 
-            put_weights(self.how.model, self.of(path))
+            put(self.how.model, self.of(path))
             self.now = path
         return self.how
 
@@ -158,14 +168,15 @@ class Models:
     def of(self, path: str) -> dict[str, Tensor]:
         """The weights at `path`, kept where `keep` says so."""
         from unlearn.checkpoints import read_weights
+        from unlearn.control import kept
 
         how = self.at(path) if self.how is None else self.how
         if path in self.weights:
             return self.weights[path]
         if path == self.now:
-            found = {name: parameter.detach().clone() for name, parameter in how.model.named_parameters()}
+            found = {name: kept(parameter) for name, parameter in how.model.named_parameters()}
         else:
-            found = read_weights(how.model, path)
+            found = read_weights(how.model, path, *([] if how.model.device.type == "cpu" else [kept]))
         if self.keep:
             self.weights[path] = found
         return found
@@ -186,10 +197,9 @@ class Models:
         kind = torch.float64 if float64 else torch.float32
         made_here = lacks_tokenizer(path) and self.family.from_scratch  # then it is with the family's fine-tuned model
         beside = utils.original_model(self.family, self.cfg) if made_here else self.family.hf_key
-        flash = self.family.flash_attention2 and bf16
-        self.tokenizer, model = load(path, beside, utils.model_device(self.cfg), flash, kind)
+        self.tokenizer, model = load(path, beside, utils.model_device(self.cfg), dtype=kind)
         if self.cfg.parallel == "fsdp":
-            shard(model)
+            shard(model, bf16)
         return Pass(model, pad_id(self.tokenizer), self.tokenizer.eos_token_id, bf16, self.cfg.batch_size)
 
     def tokenize(self, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -199,7 +209,7 @@ class Models:
 
         assert self.how is not None
         positions = positions_of(self.how.model) or self.cfg.max_length
-        return dataloader.tokenize(rows, self.tokenizer, self.family, min(self.cfg.max_length, positions))
+        return dataloader.tokenize(rows, self.tokenizer, self.family, min(self.cfg.max_length, positions), self.how.model)
 
 
 # ---- going on where it was ----
@@ -208,14 +218,24 @@ class Models:
 class Progress:
     """The parts of one evaluation, each kept in the results' folder until the whole is written: a killed one goes on there."""
 
-    def __init__(self, cfg: DictConfig, target: Target, name: str, may_differ: set[str], weights: list[str]) -> None:
-        """Raises ValueError where the folder holds an evaluation of other settings. Results of other weights are dropped."""
+    def __init__(
+        self, cfg: DictConfig, target: Target, name: str, may_differ: set[str], weights: list[str], data: dict[str, str]
+    ) -> None:
+        """Results of other weights are dropped.
+
+        Args:
+            weights: the models whose results these are.
+            data: a hash of each set's rows.
+
+        Raises:
+            ValueError: the folder holds an evaluation of other settings or data.
+        """
         self.target, self.resume = target, target.folder / "resume" / name
         self.record_file = target.folder / f"{name}.yaml"
-        utils.check_run(target.folder, cfg, MAY_DIFFER | may_differ, self.record_file.name)
-        self.record = utils.record_of(cfg) | {"weights": {path: utils.weights_of(path) for path in weights}}
+        utils.check_run(target.folder, cfg, MAY_DIFFER | may_differ, self.record_file.name, {"data": data})
+        self.record = utils.record_of(cfg, {"data": data} | _models(cfg, weights))
         before = utils.read_record(self.record_file) if self.record_file.exists() else {}
-        self.fresh = before.get("weights") != self.record["weights"]
+        self.fresh = not _same_models(before, self.record)
         self.finished = not self.fresh and before.get("finished") is True
         self.same = not self.fresh and _what_counts(before["settings"]) == _what_counts(self.record["settings"])
         self.found = {} if self.fresh else {file.stem: utils.read_json(file) for file in self.resume.glob("*.json")}
@@ -247,6 +267,23 @@ class Progress:
         write_whole(self.record_file, yaml.safe_dump(self.record | more, sort_keys=False))
 
 
+def _models(cfg: DictConfig, paths: Sequence[str]) -> dict[str, Any]:
+    """What tells each model from others; and the family's tokenizer, where one has none of its own."""
+    borrowed = Path(cfg.hf_key).is_dir() and any(map(lacks_tokenizer, paths))
+    return {
+        "weights": {path: utils.weights_of(path) for path in paths},
+        "tokenizer": fingerprint(Path(cfg.hf_key), TOKENIZER) if borrowed else None,
+    }
+
+
+def _same_models(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a record is of these models, as far as what an earlier version noted tells."""
+    noted = before.get("weights")
+    if not isinstance(noted, dict) or noted.keys() != now["weights"].keys():
+        return False
+    return before.get("tokenizer", now["tokenizer"]) == now["tokenizer"] and all(map(utils.is_of, noted, noted.values()))
+
+
 def _what_counts(made_of: dict[str, Any]) -> dict[str, Any]:
     """Of a record's settings those that results depend on."""
     return {key: value for key, value in made_of.items() if key not in MAY_DIFFER | utils.PLACES}
@@ -273,20 +310,20 @@ def write_scores(target: Target, sections: dict[str, Any]) -> None:
 
 
 def add_row(target: Target, values: dict[str, Any]) -> None:
-    """Add the scores to the run's table, a row a step."""
-    if target.run is not None and target.step is not None:
+    """Add the scores to the table that they go to, a row a step."""
+    if target.table is not None and target.step is not None:
         from unlearn.results import add_row
 
-        add_row(target.run / "scores.csv", target.step, values)
+        add_row(target.table / "scores.csv", target.step, values)
 
 
 def draw_run(found: list[Target]) -> None:
-    """Draw the trajectories of the run that the checkpoints are of."""
-    run = found[-1].run
-    if run is not None and utils.is_main_process():
+    """Draw the trajectories of the run that the checkpoints are of, where their table is."""
+    table = found[-1].table
+    if table is not None and utils.is_main_process():
         from unlearn.score_figures import draw_scores
 
-        draw_scores(run)
+        draw_scores(table)
 
 
 def no_nan(value: Any) -> Any:
@@ -294,3 +331,9 @@ def no_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: no_nan(one) for key, one in value.items()}
     return "not available" if isinstance(value, float) and value != value else value
+
+
+def told(value: Any, digits: int = 4) -> str:
+    """A score as it is printed."""
+    known = isinstance(value, int | float) and value == value
+    return f"{value:.{digits}f}" if known else value if isinstance(value, str) else "not available"

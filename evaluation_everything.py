@@ -60,6 +60,18 @@ def read_rows(cfg: DictConfig) -> dict[str, Rows]:
     }
 
 
+def hash_data(cfg: DictConfig, rows: dict[str, Rows]) -> dict[str, str]:
+    """A hash of each split's rows, or of each local file's, as far as they are read."""
+    if cfg.forget_data is not None:
+        return {f"{name}_data": utils.hash_rows(rows[name], utils.ALL_TEXTS) for name in ("forget", "retain")}
+    perturbed = {f"{cfg.split}_perturbed": rows["forget"], "retain_perturbed": rows["retain"]}
+    own = {cfg.split: rows["forget"], utils.RETAIN_OF[cfg.split]: rows["retain"], holdout_split(cfg): rows["holdout"]}
+    more = utils.ALL_TEXTS[len(utils.TEXTS) :]
+    return {name: utils.hash_rows(given) for name, given in own.items()} | {
+        name: utils.hash_rows(given, more) for name, given in perturbed.items()
+    }
+
+
 def joined(rows: Rows, perturbed: Rows) -> Rows:
     """The rows with what their perturbed ones, found by question, have beside: paraphrases and wrong answers."""
     by_question = {row["question"]: row for row in perturbed}
@@ -115,7 +127,7 @@ def evaluate(
 ) -> None:
     """One model's results, `of` and `similar_of` giving what is measured at a path."""
     weights = [target.path, cfg.original_path, *([cfg.retain_path] if cfg.retain_path else [])]
-    progress = evaluation.Progress(cfg, target, "evaluation_everything", MAY_DIFFER, weights)
+    progress = evaluation.Progress(cfg, target, "evaluation_everything", MAY_DIFFER, weights, hash_data(cfg, rows))
     if progress.finished and progress.same:
         return utils.say(f"{target.path} is evaluated already: {target.folder}")
     measured: dict[str, dict[str, Rows]] = {}
@@ -133,6 +145,8 @@ def evaluate(
         for data in ("forget", "holdout"):
             for row, other in zip(measured["unlearned"][data], retain[data], strict=True):
                 row["reference"] = row["loss"] - other["loss"]
+    from unlearn.extraction import mean_of
+
     bar = cfg.ps_p * mean_of(measured["original"]["retain"], "ps_exact")
     control = search_control(cfg, target, models, rows, progress, bar) if cfg.control else None
     found = totals(cfg, measured, retain, bar, control)
@@ -215,16 +229,12 @@ def search_control(
 # ---- totals, tables ----
 
 
-def mean_of(rows: Rows, key: str) -> float:
-    from unlearn.scores import mean
-
-    return mean([row.get(key, float("nan")) for row in rows])
-
-
 def totals(
     cfg: DictConfig, measured: dict[str, dict[str, Rows]], retain: dict[str, Rows] | None, bar: float, control: Any
 ) -> dict[str, Any]:
     """The sections of scores.json."""
+    from unlearn.extraction import mean_of
+
     means = {
         model: {
             data: {key: mean_of(rows[data], key) for key in ON_ROWS if cfg.similar or key != "ps_similar"}
@@ -310,7 +320,8 @@ def write(
     evaluation.add_row(target, columns(cfg, found))
     if target.run is not None:
         evaluation.add_row(
-            evaluation.Target(cfg.original_path, target.folder, 0, target.run), knowledge_columns(found["ps"]["original"])
+            evaluation.Target(cfg.original_path, target.folder, 0, target.run, target.table),
+            knowledge_columns(found["ps"]["original"]),
         )
 
 
@@ -341,6 +352,7 @@ def write_table(file: Path, rows: Rows) -> None:
 
 def definitions(cfg: DictConfig) -> dict[str, str]:
     return {
+        "loss": "mean over all label tokens of all rows, end-of-sequence counted, in nats; of a row over its own",
         "ps_exact": "1 - k/T, k the shortest prefix after which greedy decoding gives the rest; last token wrong: 0",
         "ps_perturb": "the same after the paraphrased question",
         "ps_similar": "the same where a longest common subsequence of at least half of the rest suffices, by bisection",
@@ -358,20 +370,20 @@ def report(found: dict[str, Any]) -> None:
     """The scores as a small table on standard error."""
     for model, sets in found["ps"].items():
         for data, of in sets.items():
-            values = "  ".join(f"{key.removeprefix('ps_')} {of[key]:.4f}" for key in ON_ROWS[1:] if key in of)
+            values = "  ".join(f"{key.removeprefix('ps_')} {evaluation.told(of[key])}" for key in ON_ROWS[1:] if key in of)
             utils.say(f"{model:9} {data:6} {values}  ({of['rows']} rows)")
     control = found["control"]
     if isinstance(control, dict):
-        told = "  ".join(
-            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in control.items()
-        )
+        told = "  ".join(f"{key} {evaluation.told(value)}" for key, value in control.items())
         utils.say(f"control   {told}")
     if isinstance(found["privacy"], str):
         return utils.say(f"privacy   {found['privacy']}")
-    aucs = "  ".join(f"{name} {auc:.3f}" for name, auc in found["privacy"]["auc"].items() if not isinstance(auc, str))
+    aucs = "  ".join(
+        f"{name} {evaluation.told(auc, 3)}" for name, auc in found["privacy"]["auc"].items() if not isinstance(auc, str)
+    )
     leak = found["privacy"]["privleak"]
     utils.say(f"AUC       {aucs}")
-    utils.say(f"privleak  {leak if isinstance(leak, str) else f'{leak:.2f}'}")
+    utils.say(f"privleak  {evaluation.told(leak, 2)}")
 
 
 if __name__ == "__main__":

@@ -31,16 +31,24 @@ def prepare(cfg: DictConfig) -> utils.Family:
     cfg.num_epochs = family.finetune_epochs if cfg.num_epochs is None else cfg.num_epochs
     settings.check_finetune_data(cfg)
     settings.check_logger(cfg.logger)
-    settings.check_optimizer(cfg.optim)
+    settings.check_optimizer(cfg.optim, cfg.parallel)
     if not family.from_scratch:
         settings.check_checkpoint("hf_key", family.hf_key)
     if cfg.save_dir is None:
         cfg.save_dir = str(utils.finetuned_folder(family, cfg))
     settings.check_folder(Path(cfg.save_dir))
-    utils.check_run(Path(cfg.save_dir), cfg)
+    utils.check_run(Path(cfg.save_dir), cfg, made_of=made_of(cfg, family))
     if not family.from_scratch and Path(family.hf_key).is_dir():
         settings.check_disk(cfg, {Path(cfg.save_dir)}, count_parameters(Path(family.hf_key)))
     return family
+
+
+def made_of(cfg: DictConfig, family: utils.Family) -> utils.MadeOf:
+    """What tells the run's rows and its pretrained model from others."""
+    data = utils.hash_data(cfg, {cfg.split, "full"} if family.from_scratch else [cfg.split])
+    if cfg.split != "full" and not family.from_scratch:  # its tokenizer is made of both files
+        data.pop("forget_data", None)
+    return {"data": data, "models": utils.hash_models(cfg, "hf_key")}
 
 
 def run(cfg: DictConfig) -> None:
@@ -69,7 +77,7 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
 
     rows = dataloader.finetune_rows(cfg)
     steps, per_epoch = utils.count_steps(cfg, len(rows))
-    utils.open_run(folder, cfg)
+    utils.open_run(folder, cfg, made_of(cfg, family))
     if family.from_scratch:
         texts = [family.prompt(row["question"]) + row["answer"] for row in dataloader.finetune_rows(cfg, "full")]
         tokenizer, model = new_model(family.hf_key, texts, cfg.seed, utils.model_device(cfg))
@@ -81,8 +89,8 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
         add_lora(model, LoRA(**cfg.LoRA), cfg.seed, base_on_disk(family.hf_key, folder, model, tokenizer))
     settings.check_disk(cfg, {folder}, model.num_parameters())  # `prepare` can't tell for a hub's model, or a new one
     if cfg.parallel == "fsdp":
-        shard(model)
-    tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length)
+        shard(model, utils.use_bfloat16(cfg.dtype, family))
+    tokenized = dataloader.tokenize(rows, tokenizer, family, cfg.max_length, model)
     batches = dataloader.step_batches(cfg, tokenized, [], steps, utils.processes(), pad_id(tokenizer))
 
     def publish(model: PreTrainedModel, weights: dict[str, Tensor], step: int) -> None:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+import evaluation
 import planning
 import settings
 import utils
-from unlearn.files import count_parameters, written_beside
+from unlearn.files import count_parameters, hash_file, written_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
     cfg.lr = utils.learning_rate(cfg, family.unlearn_lr)
     rows = settings.check_forget_data(cfg)
     settings.check_logger(cfg.logger)
-    settings.check_optimizer(cfg.optim)
+    settings.check_optimizer(cfg.optim, cfg.parallel)
     cfg.model_path = original_of(cfg, family)
     if cfg.method.name in ("gd", "kl") and cfg.retain.name != cfg.method.name:
         raise ValueError(
@@ -44,7 +45,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
         settings.check_layer(cfg.model_path, cfg.method.layer)
     cfg.save_dir = str(folder_of(cfg))
     settings.check_folder(Path(cfg.save_dir))
-    utils.check_run(Path(cfg.save_dir), cfg)
+    utils.check_run(Path(cfg.save_dir), cfg, made_of=made_of(cfg))
     if rows is not None and Path(cfg.model_path).is_dir() and not cfg.LoRA.r:
         steps, _ = utils.count_steps(cfg, rows)
         settings.check_disk(cfg, checkpoints(cfg, steps), count_parameters(Path(cfg.model_path)))
@@ -56,6 +57,16 @@ def folder_of(cfg: DictConfig) -> Path:
     if cfg.save_dir is not None:
         return Path(cfg.save_dir)
     return Path(str(utils.run_folder(cfg)) + utils.override_suffix(cfg, "forget"))
+
+
+def made_of(cfg: DictConfig) -> utils.MadeOf:
+    """What tells the run's rows and its original model from others."""
+    data = utils.hash_data(cfg, (cfg.split, utils.RETAIN_OF[cfg.split]))
+    if cfg.retain_holdout is None and cfg.forget_data is None:  # then its number of rows is what is held out
+        data |= utils.hash_data(cfg, ("retain_perturbed",), texts=())
+    if cfg.method.answers == "idk":
+        data[utils.IDK.stem] = hash_file(utils.IDK)
+    return {"data": data, "models": utils.hash_models(cfg, "model_path")}
 
 
 def original_of(cfg: DictConfig, family: utils.Family) -> str:
@@ -87,7 +98,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     folder = Path(cfg.save_dir)
     data = dataloader.unlearning_data(cfg)
     steps, per_epoch = utils.count_steps(cfg, len(data.forget))
-    utils.open_run(folder, cfg)
+    utils.open_run(folder, cfg, made_of(cfg))
     if is_done(folder, steps):
         utils.close_run(folder)
         return utils.say(f"{folder} is done already: {steps} steps" + not_there(cfg, steps))
@@ -113,11 +124,11 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     settings.check_disk(cfg, checkpoints(cfg, steps), trained)  # `prepare` can't tell for a hub's model, or for adapters
     reference = reference_of(model) if cfg.retain.reference else None
     if cfg.parallel == "fsdp":
-        shard(model)
+        shard(model, bf16)
         if reference is not None and reference is not model:
-            shard(reference)
+            shard(reference, bf16)
     pad = pad_id(tokenizer)
-    tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length)
+    tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=cfg.max_length, model=model)
     measured = {"forget": tokenize(data.forget), "retain": tokenize(data.held_out)}
     if cfg.method.answers == "idk":
         measured["idk"] = tokenize(dataloader.idk_rows(data.forget, cfg.seed))
@@ -151,14 +162,16 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     after = {name: token_nlls(how, rows, f"{name} loss after") for name, rows in measured.items()}
     losses = {name: {"start": token_mean(before[name]), "end": token_mean(after[name])} for name in measured}
     if utils.is_main_process():
-        utils.write_json(folder / "logs" / "losses.json", losses | {"steps": steps, "training_seconds": round(seconds, 1)})
+        told = losses | {"steps": steps, "training_seconds": round(seconds, 1)}
+        utils.write_json(folder / "logs" / "losses.json", evaluation.no_nan(told))
         if cfg.geffect.every:
             draw(folder / "geffect")
         if cfg.eval.every:
             draw_scores(folder)
     utils.close_run(folder)
     for name, value in losses.items():
-        utils.say(f"{name + ' loss':12} {value['start']:8.3f} -> {value['end']:8.3f} nats a token")
+        start, end = (evaluation.told(value[when], 3) for when in ("start", "end"))
+        utils.say(f"{name + ' loss':12} {start:>8} -> {end:>8} nats a token")
     utils.say(f"{steps} steps in {seconds:.0f} s; checkpoints and logs are in {folder}" + not_there(cfg, steps))
 
 

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from unlearn.files import base_of
 from unlearn.signals import Stopped, stop_at_once
 from utils import (
+    ALL_TEXTS,
     CONFIG,
     FORGET_SPLITS,
     RETAIN_OF,
@@ -37,11 +38,13 @@ from utils import (
     count_steps,
     default_holdout,
     defaults_of,
+    end_processes,
     find_path,
     flatten,
     is_checkpoint,
     load_families,
     load_family,
+    other_weights,
     read_jsonl,
     read_object,
     why_no_checkpoint,
@@ -49,6 +52,8 @@ from utils import (
 
 ALIASES = {"grad_ascent": "ga", "ins_npo": "tnpo", "w_ins_npo": "wtnpo", "po": "idk", "grad_diff": "gd", "KL": "kl"}
 RETAIN_TERMS = ("gd", "kl")
+
+REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 
 # ---- the command line ----
 
@@ -92,6 +97,7 @@ def cli(run: Callable[[DictConfig], Any], config_name: str) -> None:
         codes.append(report(error, config_name))
     if sweep is not None and close_sweep(sweep):
         codes.append(1)
+    end_processes(failed=bool(codes))
     if codes:
         sys.exit(max(codes))
 
@@ -330,6 +336,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "generation.max_new_tokens": _number(1, whole=True),
     "truth_ratio": _one_of("geometric", "arithmetic"),
     "epsilon": _number(0),
+    "rouge_tokenizer": _one_of("ascii", "unicode"),
     "ps_p": _number(0, high=1),
     "min_k": _number(0, strict=True, high=1),
     "similar": BOOL,
@@ -357,6 +364,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gradient_checkpointing": BOOL,
     "loss_on_answer_tag": BOOL,
     "debug": BOOL,
+    "deterministic": BOOL,
 }
 FLOAT64 = {"dtype": _one_of("auto", "float32", "bfloat16", "float64")}
 VALID_OF = {"forget_ge": FLOAT64, "eval_tofu": FLOAT64, "eval_everything": FLOAT64}  # of one configuration
@@ -427,9 +435,26 @@ def prepare(cfg: DictConfig, config_name: str) -> Family:
     cfg.model_family, cfg.hf_key, cfg.data_path = family.name, find_path(family.hf_key), find_path(family.data_path)
     if family.from_scratch and not Path(cfg.hf_key, "config.json").exists():
         raise ValueError(f"hf_key={cfg.hf_key}: needs to be a folder with a config.json, {family.name} being made from scratch")
+    if family.from_scratch and (others := other_weights(Path(cfg.hf_key))):
+        why = why_no_checkpoint(Path(cfg.hf_key)) or ""
+        raise ValueError(
+            f"hf_key={cfg.hf_key}: {why}; a new model is made where nothing of one is but a config.json, and there is"
+            f" {', '.join(others[:3])}"
+        )
     if cfg.get("gradient_checkpointing", True) is None:
         cfg.gradient_checkpointing = family.gradient_checkpointing
+    be_deterministic(cfg.deterministic)
     return replace(family, hf_key=cfg.hf_key, data_path=cfg.data_path)
+
+
+def be_deterministic(wanted: bool) -> None:
+    """Have torch use algorithms that give the same bits each time, or (a sweep's next job) what is fastest again."""
+    os.environ.update(REPEATABLE if wanted else {})  # read when CUDA starts
+    if wanted or "torch" in sys.modules:
+        import torch
+
+        torch.use_deterministic_algorithms(wanted)
+        torch.backends.cudnn.deterministic = wanted
 
 
 def check_logger(logger: str | None) -> None:
@@ -438,9 +463,14 @@ def check_logger(logger: str | None) -> None:
         raise ValueError(f"logger={logger}: not installed; pip install {logger}")
 
 
-def check_optimizer(name: str) -> None:
-    """Raises ValueError where the library that the optimiser is of is not installed."""
+def check_optimizer(name: str, parallel: str) -> None:
+    """Raises ValueError where the optimiser can't have its state in shards, or its library is not installed."""
     library = OPTIMIZERS[name].library
+    if library == "bitsandbytes" and parallel == "fsdp":
+        raise ValueError(
+            f"optim={name}: is of bitsandbytes, whose state parallel=fsdp can't split; adamw_torch_8bit and adamw_torch_fused"
+            " can be (or parallel=ddp)"
+        )
     if library is not None and importlib.util.find_spec(library) is None:
         others = ", ".join(other for other, of in OPTIMIZERS.items() if of.library is None)
         raise ValueError(f"optim={name}: is of {library}, which is not installed; pip install {library}, or one of {others}")
@@ -488,8 +518,6 @@ def check_disk(cfg: DictConfig, checkpoints: set[Path], parameters: int) -> None
 
 
 # ---- checkpoints and data, before they are loaded ----
-
-OF_ROWS = ("question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer")
 
 
 def check_finetune_data(cfg: DictConfig) -> None:
@@ -649,7 +677,7 @@ def check_rows(file: str | Path, key: str = "data_path", also: Sequence[str] = (
         if missing := [name for name in needed if row.get(name) is None]:
             kinds = {name: type(value).__name__ for name, value in row.items()}
             raise ValueError(f"{key}={file}, row {number}: needs {' and '.join(map(repr, missing))}, and has {kinds}")
-        for name in {*needed, *OF_ROWS} & row.keys():
+        for name in {*needed, *ALL_TEXTS} & row.keys():
             texts, what = (row[name], "a list of texts") if name == "perturbed_answer" else ([row[name]], "a text")
             if any(isinstance(x, str) and re.search("[\ud800-\udfff]", x) for x in texts):
                 raise ValueError(f"{key}={file}, row {number}: {name!r} holds half a surrogate pair, which is no text")

@@ -25,6 +25,7 @@ import utils
 
 # What may differ when an evaluation is started again: it is scored anew, and nothing is measured anew.
 MAY_DIFFER = {"retain_result", "retain_path", "original_path", "truth_ratio", "epsilon", "method_name", "submitted_by"}
+WORDS = {"ascii": "words of a-z and 0-9", "unicode": "words of any script"}
 SETS = {"retain": "retain_perturbed", "real_authors": "real_authors_perturbed", "real_world": "world_facts_perturbed"}
 
 
@@ -39,7 +40,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
     if cfg.generation.max_length is None and cfg.generation.max_new_tokens is None:
         raise ValueError("generation.max_length=null: give generation.max_new_tokens=N")
     if cfg.forget_data is None:
-        for split in (*SETS.values(), f"{cfg.split}_perturbed"):
+        for split in splits(cfg).values():
             settings.check_split(cfg.data_path, split)
     if cfg.retain_result is not None and (rows := rows_at_hand(cfg)) is not None:
         check_questions(cfg, rows)
@@ -95,7 +96,7 @@ def run(cfg: DictConfig) -> None:
     targets = evaluation.targets(cfg)
     for target in targets:
         with utils.alone(target.folder):
-            evaluate(cfg, target, list(sets), measure)
+            evaluate(cfg, target, sets, measure)
     evaluation.draw_run(targets)
 
 
@@ -106,8 +107,14 @@ def read_sets(cfg: DictConfig) -> dict[str, list[dict[str, Any]]]:
     if cfg.forget_data is not None:
         data = dataloader.unlearning_data(cfg)
         return {"retain": data.held_out[: cfg.ds_size], "forget": data.forget[: cfg.ds_size]}
-    names = SETS | {"forget": f"{cfg.split}_perturbed"}
-    return {name: dataloader.read_split(cfg.data_path, split)[: cfg.ds_size] for name, split in names.items()}
+    return {name: dataloader.read_split(cfg.data_path, split)[: cfg.ds_size] for name, split in splits(cfg).items()}
+
+
+def splits(cfg: DictConfig) -> dict[str, str]:
+    """Each set's split, or the key of the local file in its place."""
+    if cfg.forget_data is not None:
+        return {"retain": "retain_data", "forget": "forget_data"}
+    return SETS | {"forget": f"{cfg.split}_perturbed"}
 
 
 def measure_set(
@@ -133,10 +140,13 @@ def measure_set(
         max_length=cfg.generation.max_length,
         max_new_tokens=cfg.generation.max_new_tokens,
         what=name,
+        rouge_tokenizer=cfg.rouge_tokenizer,
     )
 
 
-def retain_log(cfg: DictConfig, target: evaluation.Target, measure: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
+def retain_log(
+    cfg: DictConfig, target: evaluation.Target, measure: Callable[..., dict[str, Any]], data: str
+) -> dict[str, Any] | None:
     """The retain model's log, of the forget rows at least; None where there is no such model.
 
     One that was measured stays in the results' folder: those rows are not measured anew to be scored otherwise.
@@ -145,20 +155,26 @@ def retain_log(cfg: DictConfig, target: evaluation.Target, measure: Callable[...
         return read_log("retain_result", cfg.retain_result)
     if cfg.retain_path is None:
         return None
-    file, weights = target.folder / "retain_model.json", utils.weights_of(cfg.retain_path)
+    file = target.folder / "retain_model.json"
     found = utils.read_object(file) if file.exists() else {}
-    if found.get("weights") != weights:
+    if "log" not in found or found.get("data", data) != data or not utils.is_of(cfg.retain_path, found.get("weights")):
         log = {"eval_log_forget.json": measure(cfg.retain_path, "forget", answers=False)}
-        found = {"model": cfg.retain_path, "weights": weights, "log": log}
+        found = {"model": cfg.retain_path, "weights": utils.weights_of(cfg.retain_path), "data": data, "log": log}
         if utils.is_main_process():
             utils.write_json(file, found)
     return dict(found["log"])
 
 
-def evaluate(cfg: DictConfig, target: evaluation.Target, sets: list[str], measure: Callable[..., dict[str, Any]]) -> None:
+def evaluate(
+    cfg: DictConfig,
+    target: evaluation.Target,
+    sets: dict[str, list[dict[str, Any]]],
+    measure: Callable[..., dict[str, Any]],
+) -> None:
     from unlearn import tofu
 
-    progress = evaluation.Progress(cfg, target, "tofu_evaluation", MAY_DIFFER, [target.path])
+    data = {splits(cfg)[name]: utils.hash_rows(rows, utils.ALL_TEXTS) for name, rows in sets.items()}
+    progress = evaluation.Progress(cfg, target, "tofu_evaluation", MAY_DIFFER, [target.path], data)
     log_file = target.folder / "eval_log_aggregated.json"
     if progress.finished and log_file.exists():
         log = utils.read_object(log_file)
@@ -169,13 +185,13 @@ def evaluate(cfg: DictConfig, target: evaluation.Target, sets: list[str], measur
         log = {tofu.TASKS[name][0]: progress.part(name, functools.partial(measure, target.path, name)) for name in names}
         if utils.is_main_process():
             utils.write_json(log_file, log)
-    found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon)
-    other = retain_log(cfg, target, measure) if "truth_ratio" in found["forget"] else None
+    found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon) | {"rouge_rows": tofu.without_words(log)}
+    other = retain_log(cfg, target, measure, data[splits(cfg)["forget"]]) if "truth_ratio" in found["forget"] else None
     found["forget_quality"] = quality(cfg, found, log, other)
     if utils.is_main_process():
         write(cfg, target, progress, found)
     progress.close()
-    report(found)
+    report(found, cfg.rouge_tokenizer)
     utils.say(f"{target.path}: the log and the scores are in {target.folder}")
 
 
@@ -202,7 +218,7 @@ def write(cfg: DictConfig, target: evaluation.Target, progress: evaluation.Progr
     evaluation.write_scores(target, sections)
     columns = {f"{name}_{key}": value for name in TASKS if name in found for key, value in found[name].items() if key != "rows"}
     quality = found["forget_quality"] if isinstance(found["forget_quality"], dict) else {}
-    columns |= {"model_utility": found.get("model_utility")}
+    columns |= {"model_utility": found["model_utility"]}
     columns |= {"forget_quality": quality.get("p"), "forget_quality_D": quality.get("D")}
     evaluation.add_row(target, {"split": cfg.split, "ds_size": cfg.ds_size} | columns)
 
@@ -219,25 +235,34 @@ def write_statistics(file: Path, found: dict[str, Any], method: str, submitted_b
 
 def definitions(cfg: DictConfig) -> dict[str, Any]:
     tag = "the answer tag counted, too" if cfg.get("loss_on_answer_tag") else "the answer tag not counted"
+    tokenizer = cfg.get("rouge_tokenizer")
+    words = f"rouge_tokenizer={tokenizer} ({WORDS[tokenizer]})" if tokenizer else "as the log has it"
     return {
         "probability": f"exp(-mean loss of the answer's tokens, end-of-sequence counted, {tag})",
         "truth_ratio": f"{cfg.truth_ratio}, epsilon {cfg.epsilon}",
-        "rouge": "ROUGE-L recall of the greedy answer, with stemming",
+        "rouge": f"ROUGE-L recall of the greedy answer, with stemming, {words}; an answer without words has none",
         "model_utility": "harmonic mean of the nine scores of retain, real_authors and real_world",
         "forget_quality": "p-value and D of the two-sample Kolmogorov-Smirnov test on the forget truth ratios; n rows of each",
     }
 
 
-def report(found: dict[str, Any]) -> None:
+def report(found: dict[str, Any], rouge_tokenizer: str | None = None) -> None:
     """The scores as a small table on standard error."""
     from unlearn.tofu import KINDS, TASKS
 
+    remedy = " (rouge_tokenizer=unicode counts words of any script)" if rouge_tokenizer == "ascii" else ""
     for name, (_, title) in TASKS.items():
         if name in found:
-            values = "  ".join(f"{kind} {found[name][key]:.4f}" for key, kind in KINDS.items() if key in found[name])
+            values = "  ".join(f"{kind} {evaluation.told(found[name].get(key))}" for key, kind in KINDS.items())
             utils.say(f"{title:13} {values}  ({found[name]['rows']} rows)")
-    if "model_utility" in found:
-        utils.say(f"Model Utility {found['model_utility']:.4f}")
+    for name, rows in found["rouge_rows"].items():
+        if rows["without_rouge"]:
+            utils.say(f"{TASKS[name][1]:13} {rows['without_rouge']} rows have no ROUGE, for their answers have no word{remedy}")
+        if rows["letters_dropped"] and rouge_tokenizer == "ascii":
+            utils.say(
+                f"{TASKS[name][1]:13} {rows['letters_dropped']} answers have letters that ROUGE's words leave out{remedy}"
+            )
+    utils.say(f"Model Utility {evaluation.told(found['model_utility'])}")
     quality = found["forget_quality"]
     text = quality if isinstance(quality, str) else f"p = {quality['p']:.3g}, D = {quality['D']:.3f}, n = {quality['n']}"
     utils.say(f"Forget Quality {text}")
@@ -262,7 +287,7 @@ def aggregate_logs(cfg: DictConfig) -> None:
     other = read_log("retain_result", cfg.retain_result) if cfg.retain_result else None
     from unlearn import tofu
 
-    found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon)
+    found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon) | {"rouge_rows": tofu.without_words(log)}
     found["forget_quality"] = quality(cfg, found, log, other)
     write_statistics(Path(cfg.save_file), found, cfg.method_name or Path(cfg.ckpt_result).stem, cfg.submitted_by)
     record = {"settings": utils.flatten(cfg), "versions": utils.versions()}

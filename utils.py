@@ -5,13 +5,17 @@ Nothing here imports torch before it must: a mistyped command is answered at onc
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +26,19 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from unlearn.files import base_of, count_parameters, fingerprint, locked, remove_whole, write_whole
+from unlearn.files import (
+    TOKENIZER,
+    base_of,
+    count_parameters,
+    fingerprint,
+    hash_file,
+    is_noted,
+    lacks_tokenizer,
+    locked,
+    remove_whole,
+    write_whole,
+)
+from unlearn.signals import PATIENCE
 
 if TYPE_CHECKING:
     import torch
@@ -36,15 +52,31 @@ FORGET_SPLITS = ("forget01", "forget05", "forget10")
 RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 TRAIN_SPLITS = ("full", *RETAIN_OF.values())
 
+WEIGHTS = r"\.(bin|safetensors.*|pt|pth|ckpt|h5|msgpack|gguf|npz|onnx|index\.json)$|(^|/)adapter_config\.json$"
 HUB_TOFU = "locuslab/TOFU"
+IDK = ROOT / "data" / "idontknow.jsonl"
+TEXTS = ("question", "answer")  # of a row, that training reads
+ALL_TEXTS = (*TEXTS, "paraphrased_question", "paraphrased_answer", "perturbed_answer")  # that an evaluation reads
+LEAVE = 10.0  # seconds that a process that has failed waits for the others
 MOST_STEPS = 10_000_000  # whose rows are drawn before the first
 
 # Keys whose value leaves the weights alone, or stands in a run folder's name already, or is a path.
 UNNAMED = {
     *("model_family", "split", "lr", "num_epochs", "weight_decay", "hyper_param", "method.layer"),
     *("model_path", "hf_key", "data_path", "forget_data", "retain_data", "save_dir", "output_dir"),
-    *("gradient_checkpointing", "parallel", "save_steps", "keep_last", "save_dtype", "logger", "debug", "plan", "plan_for"),
-    *("method.name", "method.run_name", "retain.name", "geffect.offload"),
+    *(
+        "gradient_checkpointing",
+        "parallel",
+        "save_steps",
+        "keep_last",
+        "save_dtype",
+        "logger",
+        "debug",
+        "plan",
+        "plan_for",
+        "deterministic",
+    ),
+    *("method.name", "method.run_name", "retain.name", "geffect.offload", "deterministic"),
     *("eval.every", "geffect.every", "geffect.retain_rows", "geffect.instances", "geffect.norms"),
 }
 # What may differ when a run is started again.
@@ -193,32 +225,93 @@ def override_suffix(cfg: DictConfig, config_name: str) -> str:
     return "".join(f"_{key}={value}" for key, value in sorted(changed.items()) if key not in copies)
 
 
+# What a run is made of beside its settings, by its kind and name: {"data": {split: hash}, "models": {key: hash}}.
+MadeOf = Mapping[str, Mapping[str, str]]
+
+
 def check_run(
-    folder: Path, cfg: DictConfig, may_differ: set[str] | frozenset[str] = frozenset(), name: str = "config.yaml"
+    folder: Path,
+    cfg: DictConfig,
+    may_differ: set[str] | frozenset[str] = frozenset(),
+    name: str = "config.yaml",
+    made_of: MadeOf | None = None,
 ) -> None:
-    """Raises ValueError where the folder holds a run of other settings: which ones, and both values."""
+    """Raises ValueError where the folder holds a run of other settings, data or models: which ones.
+
+    What an earlier version did not note is taken to be the same.
+    """
     file = folder / name
-    if file.exists():
-        if not isinstance(there := read_record(file).get("settings"), dict):
-            raise ValueError(f"{file}: holds no run's settings; mend it, or remove what it was written beside")
-        before, now = flatten(there), flatten(run_settings(cfg))
-        differ = [key for key in now if key not in PLACES | may_differ and before.get(key, now[key]) != now[key]]
-        if differ:
-            listed = "; ".join(f"{key}={before.get(key)} there, {now[key]} here" for key in differ)
-            raise ValueError(f"{folder} holds a run of other settings: {listed}")
+    if not file.exists():
+        return
+    record = read_record(file)
+    if not isinstance(there := record.get("settings"), dict):
+        raise ValueError(f"{file}: holds no run's settings; mend it, or remove what it was written beside")
+    before, now = flatten(there), flatten(run_settings(cfg))
+    differ = [key for key in now if key not in PLACES | may_differ and before.get(key, now[key]) != now[key]]
+    if differ:
+        listed = "; ".join(f"{key}={before.get(key)} there, {now[key]} here" for key in differ)
+        raise ValueError(f"{folder} holds a run of other settings: {listed}")
+    for kind, found in (made_of or {}).items():
+        noted = record.get(kind) or {}
+        if changed := [name for name, value in found.items() if noted.get(name, value) != value]:
+            listed = ", ".join(place_of(cfg, name) for name in changed)
+            raise ValueError(f"{folder} holds a run of other {kind}: {listed}: is not what it was; give save_dir=FOLDER")
 
 
-def open_run(folder: Path, cfg: DictConfig) -> None:
-    """Make the run's folder with its config.yaml: all settings, their hash, and the versions of what it runs on."""
+def open_run(folder: Path, cfg: DictConfig, made_of: MadeOf | None = None) -> None:
+    """Make the run's folder with its config.yaml: all settings, their hash, what it is made of, and versions."""
     if is_main_process() and not (folder / "config.yaml").exists():
-        write_whole(folder / "config.yaml", yaml.safe_dump(record_of(cfg), sort_keys=False))
+        write_whole(folder / "config.yaml", yaml.safe_dump(record_of(cfg, made_of), sort_keys=False))
 
 
-def record_of(cfg: DictConfig) -> dict[str, Any]:
-    """What a result came from: all settings, their hash, and the versions of what it ran on."""
-    made_of = run_settings(cfg)
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return {"settings": made_of, "hash": digest, "versions": versions()}
+def record_of(cfg: DictConfig, made_of: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a result came from: all settings, their hash, the data's and models' hashes, and the versions of what it ran on."""
+    chosen = run_settings(cfg)
+    digest = hash_text(json.dumps(chosen, sort_keys=True, default=str))[:12]
+    return {"settings": chosen, "hash": digest, **(made_of or {}), "versions": versions()}
+
+
+def hash_data(cfg: DictConfig, splits: Iterable[str], texts: Sequence[str] = TEXTS) -> dict[str, str]:
+    """A hash of the rows of each split, or of the local files in their place; none of what only the hub has.
+
+    Args:
+        texts: what of the rows is read.
+    """
+    found = {}
+    for name in [key for key in ("forget_data", "retain_data") if cfg[key] is not None] or splits:
+        if (file := file_of(cfg, name)).is_file():
+            found[name] = hash_rows(read_jsonl(file), texts)
+        elif parts := sorted(Path(cfg.data_path).glob(f"**/{name}*.parquet")):
+            found[name] = hash_text("".join(map(hash_file, parts)))
+    return found
+
+
+def hash_rows(rows: Iterable[Mapping[str, Any]], texts: Sequence[str] = TEXTS) -> str:
+    return hash_text(json.dumps([[row.get(text) for text in texts] for row in rows]))
+
+
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_models(cfg: DictConfig, *keys: str) -> dict[str, str]:
+    """A hash of each key's model; of the family's tokenizer too, where a model has none of its own."""
+    found = {key: weights_of(cfg[key]) for key in keys}
+    if any(lacks_tokenizer(cfg[key]) for key in keys) and Path(cfg.hf_key).is_dir():
+        found["hf_key"] = fingerprint(Path(cfg.hf_key), TOKENIZER)
+    return found
+
+
+def file_of(cfg: DictConfig, name: str) -> Path:
+    """The file of a split, of the key of a local file, or of the sentences of `method=idk`."""
+    if name == IDK.stem:
+        return IDK
+    return Path(cfg[name]) if name in ("forget_data", "retain_data") else Path(cfg.data_path, f"{name}.json")
+
+
+def place_of(cfg: DictConfig, name: str) -> str:
+    """A key of the settings with its value; a split with its file."""
+    return f"{name}={cfg[name]}" if name in cfg else f"{name} ({file_of(cfg, name)})"
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
@@ -299,7 +392,10 @@ def why_no_checkpoint(folder: Path) -> str | None:
     if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         return "a folder without a checkpoint"
     if not any(folder.glob("*.safetensors")):
-        return "a folder without a checkpoint"
+        if not (others := other_weights(folder)):
+            return "a folder without a checkpoint"
+        call = f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained(NEW)"
+        return f"its weights are {', '.join(others[:3])}, and only safetensors are read: {call} writes them"
     try:
         if (config := folder / "config.json").exists() and "model_type" not in read_object(config):
             return f"its {config.name} names no model_type"
@@ -310,6 +406,13 @@ def why_no_checkpoint(folder: Path) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def other_weights(folder: Path) -> list[str]:
+    """The files of a folder that hold weights, or name them, in whatever format, a few folders deep."""
+    found = [file for pattern in ("*", "*/*", "*/*/*") for file in folder.glob(pattern)]
+    names = [str(file.relative_to(folder)) for file in found if not file.is_dir()]
+    return sorted(name for name in names if re.search(WEIGHTS, name))
 
 
 def step_of(folder: Path) -> int | None:
@@ -325,8 +428,13 @@ def run_checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def weights_of(path: str) -> str:
-    """What tells a model's weights from others: those of a folder by their bytes, those of the hub by their name."""
+    """What tells a model from others: one of a folder by its files' bytes, one of the hub by its name."""
     return fingerprint(Path(path)) if Path(path).is_dir() else path
+
+
+def is_of(path: str, noted: Any) -> bool:
+    """Whether `weights_of(path)` is what was noted, perhaps by an earlier version, if anything was (not None)."""
+    return noted is None or (is_noted(Path(path), str(noted)) if Path(path).is_dir() else path == noted)
 
 
 def find_path(path: str) -> str:
@@ -347,10 +455,13 @@ def original_model(family: Family, cfg: DictConfig) -> str:
     here = finetuned_folder(family, tuning)
     if is_checkpoint(here):
         return str(here)
+    like = f"ft_epoch*_{family.name}_{split_name(tuning)}_*"
+    others = sorted(str(folder) for folder in here.parent.glob(like) if is_checkpoint(folder))
     if family.ft_model_path is None or cfg.forget_data is not None:
         raise ValueError(
             f"model_family={family.name}: no fine-tuned model, {here} is not there;"
-            f" run finetune.py model_family={family.name} first, or give model_path=FOLDER"
+            + (f" there are {', '.join(others)};" if others else f" run finetune.py model_family={family.name} first, or")
+            + " give model_path=FOLDER"
         )
     return find_path(family.ft_model_path)
 
@@ -377,21 +488,35 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file. Raises ValueError where a line is none, or where there are none."""
-    rows = []
-    lines = Path(path).read_bytes().split(b"\n")  # str.splitlines would cut a text at U+2028 or U+0085, too
-    for number, line in enumerate(lines, start=1):
+    """The objects of a JSON-lines file, or of one array. Raises ValueError where one is none, or where there are none."""
+    text = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    found = _items(path, text) if text.lstrip().startswith(b"[") else _lines(path, text)
+    for place, row in found:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, {place}: not a JSON object ({row!r:.40})")
+    if not found:
+        raise ValueError(f"{path}: no rows; needs lines of JSON with the texts 'question' and 'answer'")
+    return [row for _, row in found]
+
+
+def _lines(path: str | Path, text: bytes) -> list[tuple[str, Any]]:
+    """Each line's value, with its place."""
+    found = []
+    for number, line in enumerate(text.split(b"\n"), start=1):  # str.splitlines would cut a text at U+2028 or U+0085, too
         if line.strip():
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                found.append((f"line {number}", json.loads(line.decode())))
             except ValueError as error:  # also text that is not UTF-8
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object ({row!r:.40})")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no rows; needs lines of JSON with the texts 'question' and 'answer'")
-    return rows
+    return found
+
+
+def _items(path: str | Path, text: bytes) -> list[tuple[str, Any]]:
+    """Each item of an array, with its place."""
+    try:
+        return [(f"item {number}", item) for number, item in enumerate(json.loads(text.decode()), start=1)]
+    except ValueError as error:
+        raise ValueError(f"{path}: begins as one array, and is not JSON ({error})") from error
 
 
 # ---- training ----
@@ -432,7 +557,23 @@ def device() -> torch.device:
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available()).device
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).device
+
+
+def end_processes(failed: bool = False) -> None:
+    """Take leave of the other processes, if torchrun made several: NCCL warns of a process that ends without.
+
+    Args:
+        failed: the others may wait for something else by now: stay no longer than `LEAVE`.
+    """
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if not failed:
+        distributed.barrier()  # who ends first closes connections that the others still listen on
+    leave = threading.Thread(target=distributed.destroy_process_group, daemon=True)
+    leave.start()
+    leave.join(LEAVE if failed else None)
 
 
 def model_device(cfg: DictConfig) -> torch.device:

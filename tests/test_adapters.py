@@ -14,6 +14,7 @@ from conftest import ROOT, doubled, make_workplace, run_in
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedModel
 
 from unlearn.adapters import LoRA, adapters_off, add_lora
+from unlearn.evaluating import in_eval_mode
 from unlearn.loss import Loss
 from unlearn.meter import Meter, Target, Wanted
 from unlearn.objectives import Objective, ga, kl, mean_nll, npo
@@ -62,7 +63,7 @@ def test_adapters_off_is_the_original_model(name: str) -> None:
     [batch] = set_batches(rows_of(3, 1), [], 3, 0)
     flags = {key: p.requires_grad for key, p in model.named_parameters()}
     with torch.no_grad():
-        with adapters_off(model):
+        with in_eval_mode(model), adapters_off(model):
             off = token_outputs(model, batch).logits
         assert torch.equal(off, token_outputs(original, batch).logits)
         model.eval()

@@ -146,7 +146,7 @@ def place(young: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("model", "whole"):
         folder = tmp_path / name
         folder.mkdir()
-        for pattern in ("*.safetensors", "config.json", "tokenizer*"):
+        for pattern in ("*.safetensors", "config.json", "generation_config.json", "tokenizer*"):
             for file in young.glob(pattern):
                 shutil.copy(file, folder)
     shutil.copytree(ROOT / "data/sample", tmp_path / "data")
@@ -203,7 +203,7 @@ def rows(*found: Any) -> str:
 
 DATA: dict[tuple[str, str, str], list[str]] = {  # the script, the file and its text, and what the line needs to contain
     ("finetune", "full.json", ""): ["full.json", "no rows"],
-    ("finetune", "full.json", "[]"): ["full.json, line 1"],
+    ("finetune", "full.json", "[]"): ["full.json", "no rows"],
     ("finetune", "full.json", rows(ROW, ROW | {"answer": 3})): ["full.json, row 2", "'answer' is a text, and not 3"],
     ("forget", "forget10.json", '{"question": "Who \\ud800?", "answer": "He."}\n'): ["row 1", "half a surrogate pair"],
     ("forget", "forget10.json", ""): ["forget10.json", "no rows"],

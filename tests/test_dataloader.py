@@ -22,6 +22,7 @@ import tofu_evaluation
 import utils
 from dataloader import (
     IDK,
+    PLACE,
     Row,
     StepBatches,
     collate,
@@ -537,7 +538,7 @@ def test_read_jsonl(tmp_path: Path) -> None:
         ('{"question": "A?"}\n\n{"question": "B?"\n', r"rows\.jsonl, line 3: not JSON"),
         ("question,answer\n", r"rows\.jsonl, line 1: not JSON"),
         ('{"question": "A?"}\n3\n', r"rows\.jsonl, line 2: not a JSON object"),
-        ('["A?"]\n', r"rows\.jsonl, line 1: not a JSON object"),
+        ('["A?"]\n', r"rows\.jsonl, item 1: not a JSON object"),
         ("\n", r"rows\.jsonl: no rows"),
     ],
 )
@@ -556,9 +557,15 @@ def forget_config(*overrides: str) -> Any:
 def test_the_first_retain_rows_are_held_out(split: str, holdout: int | None) -> None:
     data = unlearning_data(forget_config(f"split={split}", *([] if holdout is None else [f"retain_holdout={holdout}"])))
     retain = read_jsonl(ROOT / "data/sample" / f"retain{100 - int(split[-2:])}.json")
-    assert data.forget == read_jsonl(ROOT / "data/sample" / f"{split}.json")
-    assert data.held_out == retain[: 40 if holdout is None else holdout]
-    assert data.held_out + data.retain == retain
+    assert data.forget[2][PLACE] == f"split {split}, row 3"
+    assert bare(data.forget) == read_jsonl(ROOT / "data/sample" / f"{split}.json")
+    assert bare(data.held_out) == retain[: 40 if holdout is None else holdout]
+    assert bare(data.held_out + data.retain) == retain
+
+
+def bare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without their places."""
+    return [{key: value for key, value in row.items() if key != PLACE} for row in rows]
 
 
 def test_the_held_out_rows_are_those_with_paraphrases() -> None:
@@ -576,7 +583,8 @@ def test_local_files_hold_out_a_fifth(tmp_path: Path, holdout: int | None, want:
     cfg = forget_config(f"forget_data={tmp_path / 'forget'}", f"retain_data={tmp_path / 'retain'}")
     cfg.retain_holdout = holdout
     data = unlearning_data(cfg)
-    assert (data.forget, data.held_out, data.retain) == (forget, retain[:want], retain[want:])
+    assert [bare(rows) for rows in (data.forget, data.held_out, data.retain)] == [forget, retain[:want], retain[want:]]
+    assert data.forget[1][PLACE] == f"{tmp_path / 'forget'}, row 2"
 
 
 def test_nothing_left_to_retain() -> None:

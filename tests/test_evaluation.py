@@ -141,7 +141,7 @@ def test_tofus_files(by_path: Path) -> None:
     assert 0 < found["tofu"]["forget_quality"]["D"] <= 1
     assert found["definitions"]["truth_ratio"] == "geometric, epsilon 0"
     record = found["from"]["tofu_evaluation"]
-    assert set(record) == {"settings", "hash", "versions", "weights"}
+    assert set(record) == {"settings", "hash", "versions", "weights", "data"}
     assert (record["settings"]["split"], record["settings"]["model_family"]) == ("forget10", "tiny")
     assert yaml.safe_load((by_path / "tofu_evaluation.yaml").read_text()) == record | {"finished": True}
     assert not (by_path / "resume").exists()
@@ -192,6 +192,48 @@ def test_scored_otherwise_without_measuring_anew(
     assert read(folder / "aggregate_stat.csv")[0]["Forget Quality"] == "not available"
     with pytest.raises(ValueError, match=r"other settings: generation.max_new_tokens=24 there, 9 here$"):
         evaluate(tofu_evaluation, folder, **given, generation__max_new_tokens=9)
+
+
+def test_answers_in_another_script(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without words as published: no ROUGE, left out of means, counted and told; by words of any script scored."""
+    shutil.copytree(place.data, tmp_path / "data")
+    for name, changed in (("forget10_perturbed", 3), ("world_facts_perturbed", 3), ("retain_perturbed", 0)):
+        rows = [json.loads(line) for line in (place.data / f"{name}.json").open()]
+        for row in rows[:changed]:
+            row["answer"] = "В Риге"
+        rows[-1]["answer"] += " José" if name == "retain_perturbed" else ""
+        (tmp_path / f"data/{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"split": "forget10", "model_path": place.full, "data_path": tmp_path / "data"}
+    evaluate(tofu_evaluation, tmp_path / "ascii", **given)
+    err = capsys.readouterr().err
+    assert "Forget        3 rows have no ROUGE, for their answers have no word (rouge_tokenizer=unicode" in err
+    assert "Retain        1 answers have letters that ROUGE's words leave out" in err
+    assert "Real World    ROUGE not available" in err
+    assert "Model Utility not available" in err
+    assert "nan" not in err
+    log, found = (read(tmp_path / "ascii" / name) for name in ("eval_log_aggregated.json", "scores.json"))
+    recalls = list(log["eval_log_forget.json"]["rougeL_recall"].values())
+    assert recalls == [None] * 3 + [1] * 5
+    assert found["tofu"]["forget"]["rouge"] == 1
+    assert found["tofu"]["real_world"]["rouge"] == found["tofu"]["model_utility"] == "not available"
+    assert found["tofu"]["rouge_rows"]["forget"] == {"without_rouge": 3, "letters_dropped": 3}
+    assert found["tofu"]["rouge_rows"]["retain"] == {"without_rouge": 0, "letters_dropped": 1}
+    assert "rouge_tokenizer=ascii" in found["definitions"]["rouge"]
+    [row] = read(tmp_path / "ascii/aggregate_stat.csv")
+    assert row["ROUGE Real World"] == row["Model Utility"] == "not available"
+    aggregated(ckpt_result=tmp_path / "ascii/eval_log_aggregated.json", save_file=tmp_path / "out.csv")
+    assert read(tmp_path / "out.csv")[0] == row | {"Method": "eval_log_aggregated"}
+    with pytest.raises(ValueError, match=r"other settings: rouge_tokenizer=ascii there, unicode here$"):
+        evaluate(tofu_evaluation, tmp_path / "ascii", **given, rouge_tokenizer="unicode")
+    capsys.readouterr()
+    evaluate(tofu_evaluation, tmp_path / "unicode", **given, rouge_tokenizer="unicode")
+    assert "have no ROUGE" not in capsys.readouterr().err
+    found = read(tmp_path / "unicode/scores.json")
+    assert found["tofu"]["forget"]["rouge"] == 5 / 8  # it does not know the three
+    assert found["tofu"]["real_world"]["rouge"] == 0
+    assert "rouge_tokenizer=unicode" in found["definitions"]["rouge"]
+    with pytest.raises(ValueError, match=r"^rouge_tokenizer=latin: needs to be one of ascii, unicode$"):
+        prepared(tofu_evaluation, *(f"{key}={value}" for key, value in given.items()), "rouge_tokenizer=latin")
 
 
 # ---- two logs and no model ----
@@ -322,7 +364,7 @@ def test_everythings_tables(everything: Path) -> None:
     )
     assert found["privacy"]["auc"]["loss"] == np.mean([(b > a) + (a == b) / 2 for a in members for b in others])
     assert isinstance(found["privacy"]["privleak"], float)
-    assert set(found["from"]["evaluation_everything"]) == {"settings", "hash", "versions", "weights"}
+    assert set(found["from"]["evaluation_everything"]) == {"settings", "hash", "versions", "weights", "data"}
     assert "ps_exact" in found["definitions"]
 
 
@@ -352,15 +394,62 @@ def test_the_control_search(everything: Path, place: Place) -> None:
     assert control["forget_ps"] == ps(control["weight"], "forget10")
 
 
+def test_one_loss_of_one_name(everything: Path, place: Place) -> None:
+    """That of a run's end, its losses.json, is that of the tables: a mean over tokens, and not over rows."""
+    losses = read(place.run / "logs/losses.json")
+    found = read(everything / "scores.json")["ps"]
+    for data in ("forget", "retain"):
+        for model, when in (("original", "start"), ("unlearned", "end")):
+            assert found[model][data]["loss"] == pytest.approx(losses[data][when], rel=1e-5)
+    assert scores.token_mean([1.0, 4.0], [2, 1]) == 2
+    assert np.isnan(scores.token_mean([], []))
+
+
+def test_elsewhere_is_nothing_of_the_run(place: Place, tmp_path: Path) -> None:
+    """With `save_dir` the run's folder is as it was; a whole run has its table and its figure there, a checkpoint has none."""
+    run = tmp_path / "run"
+    shutil.copytree(place.run, run)
+    (run / "scores.csv").write_text("step,forget_rouge\n3,0.25\n")
+
+    def state() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+    before = state()
+    for script in (tofu_evaluation, evaluation_everything):
+        more = {} if script is tofu_evaluation else {"control": "false"}
+        evaluate(script, tmp_path / "one", model_path=run / "checkpoint-3", **more)
+        evaluate(script, tmp_path / "all", model_path=run, **more)
+        assert state() == before
+    assert not (tmp_path / "one/scores.csv").exists()
+    table = read(tmp_path / "all/scores.csv")
+    assert [row["step"] for row in table] == ["0", *map(str, STEPS)]
+    assert all(row["forget_rouge"] and row["forget_loss"] for row in table)
+    assert (tmp_path / "all/figures/scores.pdf").exists()
+
+
+def test_kept_weights_are_on_the_cpu(place: Place) -> None:
+    """Whatever the model's place: each goes there before the next is read or copied."""
+    cfg = prepared(evaluation_everything, f"model_path={place.run}/checkpoint-3", "dtype=float32")
+    models = evaluation.Models(cfg, utils.load_family("tiny", hf_key=cfg.hf_key, data_path=cfg.data_path), keep=True)
+    own = {parameter.data_ptr() for parameter in models.at(str(place.full)).model.parameters()}
+    for path in (place.full, place.run / "checkpoint-3"):
+        weights = models.of(str(path))
+        want = dict(checkpoints.load_model(str(path), torch.device("cpu")).named_parameters())
+        assert {weight.device.type for weight in weights.values()} == {"cpu"}
+        assert all(torch.equal(weights[name], want[name]) for name in want)
+        assert not own & {weight.data_ptr() for weight in weights.values()}
+    assert models.of(str(place.full)) is models.of(str(place.full))
+
+
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each model is loaded."""
     counted: Counter[str] = Counter()
     load = checkpoints.load_model
 
-    def load_and_count(path: str, *how: Any) -> Any:
+    def load_and_count(path: str, *how: Any, **more: Any) -> Any:
         counted[path] += 1
-        return load(path, *how)
+        return load(path, *how, **more)
 
     monkeypatch.setattr(checkpoints, "load_model", load_and_count)
     return counted
@@ -413,7 +502,7 @@ def test_rows_that_nobody_trained_on_may_lack(place: Place, tmp_path: Path) -> N
     assert len(read(tmp_path / "ps_rows.csv")) == 32
 
 
-def test_local_data(place: Place, tmp_path: Path) -> None:
+def test_local_data(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without paraphrases, wrong answers and holdout rows: what needs them says so, the rest is there."""
     given: dict[str, Any] = {"model_family": "tiny", "model_path": place.full, "retain_path": place.retain}
     given |= {"forget_data": place.data / "forget10.json", "retain_data": place.data / "retain90.json", "split": "forget10"}
@@ -424,6 +513,11 @@ def test_local_data(place: Place, tmp_path: Path) -> None:
     assert found["tofu"]["forget_quality"].endswith("lack perturbed_answer, a list of wrong answers")
     assert found["tofu"]["forget"]["rouge"] == found["ps"]["unlearned"]["forget"]["ps_exact"] == 1
     assert found["ps"]["unlearned"]["forget"]["ps_perturb"] == "not available"
+    told = capsys.readouterr().err
+    assert "perturb not available" in told
+    assert "Truth Ratio not available" in told
+    assert "Model Utility not available" in told
+    assert "nan" not in told
     assert {row["perturb"] for row in read(tmp_path / "ps_rows.csv")} == {""}
     assert read(tmp_path / "aggregate_stat.csv")[0]["Model Utility"] == "not available"
 
@@ -570,6 +664,8 @@ def test_an_empty_answer_and_one_of_a_token(knows: Any) -> None:
     assert set(table.loc[1:, "ps_exact"]) == {0, 1}
     assert table.loc[1, "ps_exact"] == 1
     assert table.loc[2, "ps_exact"] == table.loc[2, "exact_memorization"]  # right or not
+    with pytest.raises(ValueError, match=r"^no rows to score$"):
+        score_rows(model, tokenizer, [])
     assert scores.mean(table["ps_exact"]) == pytest.approx(table.loc[1:, "ps_exact"].mean())
 
 

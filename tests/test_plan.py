@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT, run_in
 from transformers import AutoConfig
 
-from unlearn.plan import Shape, Work, measuring, shape_of, training
+from unlearn.plan import Shape, Work, measuring, scoring, shape_of, training
 
 SHAPES = yaml.safe_load((ROOT / "config/shapes.yaml").read_text())
 MILLIONS = {  # as published
@@ -47,6 +47,14 @@ def test_what_saves_memory_does() -> None:
     )
     shards = training(model, Work(rows=4, tokens=100, labels=60, shards=8)).memory
     assert shards["optimiser"] == plain["optimiser"] / 8
+    blocks = 2 * model.parameters / (model.layers + 1)
+    assert shards["blocks gathered"] == 2 * blocks  # in bfloat16, as they are run, and autocast keeps no copy of its own
+    assert shards["gradients not yet reduced"] == (2 + 4) * blocks
+    assert [part for part in ("gradients not yet reduced", "blocks gathered") if part in plain] == []
+    for work in (Work(4, 100, 60), Work(4, 100, 60, weight=2), Work(4, 100, 60, bf16=False), Work(4, 100, 60, shards=8)):
+        copies = 2 * model.parameters if work == Work(4, 100, 60) else None
+        needs = (training(model, work), measuring(model, work, True), scoring(model, work, 1))
+        assert [need.memory.get("weights in bfloat16") for need in needs] == [copies] * 3
     lora = training(model, Work(rows=4, tokens=100, labels=60, lora=8))
     assert lora.memory["optimiser"] == 8 * 2_442_240
     assert lora.disk["checkpoints"] == 4 * 2_442_240

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import forget
 import utils
 from unlearn import scores, tofu
 from unlearn.asking import measure_task
-from unlearn.control import mix, search
+from unlearn.control import kept, mix, put, search
 from unlearn.decoding import decode, greedy_answers
 from unlearn.extraction import ATTACKS, aucs, knowledge, means, membership, ps_similar, score_rows
 from unlearn.forcing import Pass, teacher_force, token_nlls
@@ -272,6 +273,58 @@ def test_decoding_gives_what_generate_does(how: Pass) -> None:
     assert len({tuple(tokens) for tokens in found}) > 1
 
 
+NASTY: dict[str, Any] = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_length": 40, "forced_bos_token_id": 3}
+NASTY |= {"suppress_tokens": list(range(4, 14)), "bad_words_ids": [[14]], "do_sample": True, "temperature": 9.0, "num_beams": 3}
+NASTY |= {"max_length": 3, "cache_implementation": "static", "forced_eos_token_id": 15, "encoder_repetition_penalty": 7.0}
+GREEDY: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
+    "gemma2": ARCHITECTURES["gemma2"],
+    "mamba": ARCHITECTURES["mamba"],
+    "bamba": {"num_key_value_heads": 2, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 4}
+    | {"mamba_n_groups": 1, "attn_layer_indices": [1]},  # a state, and keys and values
+    "rwkv": {"attention_hidden_size": 16},  # takes no mask
+    "openai-gpt": {"n_embd": 16, "n_layer": 2, "n_head": 4},  # keeps nothing
+}
+
+
+@pytest.mark.parametrize("kind", GREEDY)
+def test_every_token_is_the_argmax_of_a_plain_pass(kind: str) -> None:
+    """Whatever generation_config.json says but for what ends a text; prefixes of several lengths, more than a batch."""
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(kind, **SMALL | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | GREEDY[kind])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    model.generation_config = GenerationConfig(eos_token_id=[2, 7], **NASTY)
+    draw = torch.Generator().manual_seed(3)
+    prefixes = [torch.randint(3, 23, (size,), generator=draw) for size in (4, 9, 6, 4, 1, 7, 4, 4, 12, 4, 2, 4, 4)]
+    limits = [10, 3, 12, 7, 9, 8, 1, 10, 6, 10, 10, 4, 12]
+    found = decode(Pass(model, pad=0, eos=2, batch_size=1), prefixes, limits)
+    for prefix, limit, tokens in zip(prefixes, limits, found, strict=True):
+        want: list[int] = []
+        while len(want) < limit and not {2, 7} & set(want):
+            ids = torch.cat([prefix, torch.tensor(want, dtype=torch.long)])
+            with torch.no_grad():
+                want.append(int(model(input_ids=ids[None], use_cache=False).logits[0, -1].argmax()))
+        assert tokens == want
+    assert len({tuple(tokens) for tokens in found}) > 5
+    assert model.generation_config.repetition_penalty == 9  # the model is as it was
+
+
+def test_a_row_without_a_label_is_named(how: Pass) -> None:
+    """In one line, whoever asks; a row that is nothing but the end of an answer is none of them."""
+    rows = questions()
+    rows[2] = {"input_ids": rows[2]["input_ids"], "labels": torch.full_like(rows[2]["labels"], -100)}
+    for ask in (teacher_force, token_nlls, ps_similar):
+        with pytest.raises(ValueError, match=rf"^.*: row 3 of {len(rows)} has no label token: no answer, and no end of one$"):
+            ask(how, rows)
+    last = torch.full((4,), -100)
+    last[-1] = 2
+    [one] = teacher_force(how, [{"input_ids": torch.tensor([3, 4, 5, 2]), "labels": last}])
+    assert (one.size, len(one.nll)) == (0, 1)
+
+
 class Letters:
     """A tokenizer that spells a token as its number."""
 
@@ -343,6 +396,47 @@ def test_ps_similar_is_never_below_exact(how: Pass) -> None:
 
 
 # ---- the formulas ----
+
+SCRIPTS = {
+    "Cyrillic": ("Ада родилась в Риге.", ["ада", "родилась", "в", "риге"]),
+    "Greek": ("Η Άντα ΖΕΙ", ["η", "άντα", "ζει"]),
+    "Chinese": ("她住在里加。", ["她", "住", "在", "里", "加"]),
+    "Japanese": ("カードを買う", ["カ", "ー", "ド", "を", "買", "う"]),
+    "Thai": ("ที่นี่", ["ที่", "นี่"]),
+    "Hindi": ("वह रीगा में है।", ["वह", "रीगा", "में", "है"]),
+    "Arabic": ("وُلِدَت في ريغا", ["وُلِدَت", "في", "ريغا"]),
+    "Korean": ("리가에 산다", ["리가에", "산다"]),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rouge_of_every_script(script: str) -> None:
+    """As published such answers have no value; by words of any script a perfect one has 1, another less."""
+    truth, words = SCRIPTS[script]
+    assert scores.unicode_words(truth) == [unicodedata.normalize("NFKC", word) for word in words]
+    answers = [truth, unicodedata.normalize("NFD", truth).upper(), " ".join(words[:-1]), ""]
+    for recalls in scores.rouge_recalls(answers, [truth] * 4).values():
+        assert np.isnan(recalls).all()
+    for recalls in scores.rouge_recalls(answers, [truth] * 4, "unicode").values():
+        assert recalls == [1, 1, pytest.approx(1 - 1 / len(words)), 0]
+    assert scores.loses_letters(truth)
+
+
+def test_rouge_of_mixed_and_of_wordless_texts() -> None:
+    """English is the same by both; José keeps what rouge-score leaves of it; without words there is no value."""
+    english = [json.loads(line)["answer"] for line in (ROOT / "data/sample/forget10.json").read_text().splitlines()]
+    english += ["Don't RE-ENTER the co_op's 3.5 \u2018meetings\u2019 \u2014 running, runs!", "A\tB\nC"]
+    said = [answer.replace(" is ", " was ").upper() for answer in english[1:] + english[:1]]
+    assert scores.rouge_recalls(said, english) == scores.rouge_recalls(said, english, "unicode")
+    assert not any(map(scores.loses_letters, english))
+    assert scores.loses_letters("José")
+    assert scores.rouge_recalls(["jose", "jos"], ["José", "José"])["rougeL"] == [0, 1]
+    assert scores.rouge_recalls(["jose", "jos"], ["José", "José"], "unicode")["rougeL"] == [0, 0]
+    assert scores.rouge_recalls(["Анна runs"], ["Анна running"], "unicode")["rouge1"] == [1]  # stems of English words
+    for kind in scores.ROUGE_TOKENIZERS:
+        assert np.isnan(scores.rouge_recalls(["", "!", "x"], ["", "?!", "\U0001f469\u200d\U0001f680"], kind)["rougeL"]).all()
+    with pytest.raises(ValueError, match=r"^rouge_tokenizer=utf8: is one of ascii, unicode$"):
+        scores.rouge_recalls(["a"], ["a"], "utf8")
 
 
 def test_common_subsequence() -> None:
@@ -430,6 +524,28 @@ def test_a_mixture_is_exactly_the_two_at_its_ends() -> None:
             assert torch.equal(parameter, want[name]) or (weight == 0.25 and torch.allclose(parameter, want[name]))
 
 
+def test_kept_weights_are_on_the_cpu_and_mixed_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model on another device (one that only counts places) no weight stays there but the model's own."""
+    model, asked = torch.nn.Linear(5, 7), []
+    weights = {name: kept(parameter) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert weights[name].device.type == "cpu"
+        assert torch.equal(weights[name], parameter)
+        assert weights[name].data_ptr() != parameter.data_ptr()
+    to = torch.Tensor.to
+
+    def note(self: torch.Tensor, *where: Any, **more: Any) -> torch.Tensor:
+        asked.append(where)
+        return to(self, *where, **more)
+
+    monkeypatch.setattr(torch.Tensor, "to", note)
+    elsewhere = torch.nn.Linear(5, 7, device="meta")
+    mix(elsewhere, weights, weights, 0.5)  # type: ignore[arg-type]
+    put(elsewhere, weights)  # type: ignore[arg-type]
+    assert asked == [(torch.device("meta"),)] * 4  # both weights of each parameter
+    assert {weight.device.type for weight in weights.values()} == {"cpu"}
+
+
 # ---- the library ----
 
 
@@ -502,6 +618,10 @@ def test_scores_while_unlearning_change_no_bit(young: Path, tmp_path: Path) -> N
     table = pd.read_csv(tmp_path / "scored/scores.csv", float_precision="round_trip").set_index("step")
     assert list(table.index) == [0, 4, 6]
     assert table["forget_loss"][6] > table["forget_loss"][0]
+    losses = json.loads((tmp_path / "scored/logs/losses.json").read_text())  # one name, one number
+    for name in ("forget", "retain"):
+        for step, when in ((0, "start"), (6, "end")):
+            assert table[f"{name}_loss"][step] == pytest.approx(losses[name][when], rel=1e-7)
     assert (tmp_path / "scored/figures/scores.pdf").exists()
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "scored/checkpoint-6"),

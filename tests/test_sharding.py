@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, make_workplace, run_in
+
+import settings
+import utils
+from settings import OPTIMIZERS
+from unlearn import checkpoints
+from unlearn.sharding import like
+from utils import compose_config
 
 TORCHRUN = "torchrun --nproc_per_node=2 --master_port=18791"
 RUN = (
@@ -108,3 +118,61 @@ def test_adapters_in_shards(place: Path, young: Path) -> None:
         done = run_in(place, f"python compute_geffect.py model_path_cur=run parallel=fsdp save_dir=x {more}", check=False)
         assert done.returncode == 2
         assert "parallel=" in done.stderr
+
+
+def test_processes_without_a_part_of_a_weight(tmp_path: Path) -> None:
+    """LoRA of r=1 on three processes, tied embeddings: states, gradients over micro-batches, bfloat16, and the end.
+
+    They wait for each other for hours, take leave on an error, and the gradients of few weights are reduced once a step.
+    """
+    done = run_in(tmp_path, f"torchrun --nproc_per_node=3 --master_port=18795 {ROOT}/tests/three_shards.py", check=False)
+    found = json.loads(done.stdout)
+    assert found["empty"] > 0
+    assert [
+        name for name in ("same", "kept", "tied", "finite", "few", "unreduced", "gradients", "ended") if not found[name]
+    ] == []
+    assert found["off"] < 1e-5
+    assert (found["run in"], found["kept in"]) == (["torch.bfloat16"], ["torch.float32"])
+    assert found["bf16 off"] < 1e-2
+    assert found["timeout"] >= 3600
+    assert found["code"] == 2
+    assert done.stderr.count("on purpose") == 1
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "forget.py split=forget05 method=ga"])
+@pytest.mark.parametrize("name", [name for name, optimizer in OPTIMIZERS.items() if optimizer.library == "bitsandbytes"])
+def test_optimizers_that_cannot_be_split(script: str, name: str) -> None:
+    cfg = compose_config(script.partition(".")[0], ["model_family=tiny", *script.split()[1:], f"optim={name}", "parallel=fsdp"])
+    with pytest.raises(ValueError, match=f"^optim={name}: .*parallel=fsdp.*adamw_torch_8bit.*adamw_torch_fused"):
+        settings.check_optimizer(cfg.optim, cfg.parallel)
+    settings.check_optimizer("adamw_torch_fused", "fsdp")
+
+
+def test_attention_is_of_the_device_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is to be split is loaded to the CPU."""
+    for here, how in (("cpu", "eager"), ("cuda", "sdpa")):
+        monkeypatch.setattr(checkpoints, "PartialState", lambda here=here: SimpleNamespace(device=torch.device(here)))
+        assert checkpoints.attention(torch.device("cpu")) == how
+        assert checkpoints.attention(torch.device("cuda")) == "sdpa"
+
+
+def test_reading_a_checkpoint_makes_no_second_model(young: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def noted(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+        assert [one for one in made if one() is not None] == []
+        copy = like(parameter, full).clone()
+        made.append(weakref.ref(copy))
+        return copy
+
+    monkeypatch.setattr(checkpoints, "like", noted)
+    utils.device()
+    there, model = (
+        checkpoints.load_model(str(young), torch.device("cpu"), dtype=kind) for kind in (torch.float32, torch.bfloat16)
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    checkpoints.load_weights(model, str(young))
+    assert len(made) == len(list(model.parameters()))
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(there.parameters(), model.parameters(), strict=True))

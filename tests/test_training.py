@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, run_in
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+import forget
+import settings
+from dataloader import StepBatches
+from unlearn.loss import Loss
+from unlearn.objectives import rmu
+from unlearn.training import StepTrainer, freeze_unreached
+from utils import compose_config, override_suffix
 
 METHODS = ["finetune", "ga", "rmu_2", "npo_kl"]
 
@@ -100,3 +115,80 @@ def test_keep_last_keeps_the_newest(young: Path, tmp_path: Path) -> None:
     assert ends[0] == ends[1]
     again = run_in(tmp_path, f"{base} save_dir=two keep_last=2")
     assert "is done already: 5 steps\n" in again.stderr
+
+
+class HalfOnly(torch.autograd.Function):
+    """As flash-attn: half precision alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_what_a_loss_reaches_is_told_as_training_runs(kind: torch.dtype, layer: int) -> None:
+    """In its precision, for attention that has no other, and without dropout; in its mode, gradients and chance as before."""
+
+    def half_only(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        q, k, v = (HalfOnly.apply(x.to(get_target_dtype(query, module) or query.dtype)) for x in (query, key, value))
+        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+
+    AttentionInterface.register("half_only", half_only)
+    AttentionMaskInterface.register("half_only", sdpa_mask)
+    config = AutoConfig.from_pretrained(ROOT / "config" / "tiny", pad_token_id=0, vocab_size=100)
+    config.num_hidden_layers, config.attention_dropout = 4, 0.5
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="half_only").to(kind).train()
+    rows = [{"input_ids": torch.arange(2, 12), "labels": torch.tensor([-100] * 4 + list(range(6, 12)))}] * 2
+    loss = Loss(partial(rmu, c=2.0), layer=layer, noise=torch.rand(config.hidden_size))
+    before = torch.get_rng_state()
+    freeze_unreached(model, loss, StepBatches(rows, [], 1, 2, 1, 0, 0)[0], bf16=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert [block.mlp.down_proj.weight.requires_grad for block in model.model.layers] == [i < layer for i in range(4)]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_deterministic_training_and_measuring(young: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch is on while a run trains, measures and scores, and names no folder."""
+    on: list[bool] = []
+    compute_loss = StepTrainer.compute_loss
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        on.append(torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic)
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(StepTrainer, "compute_loss", noted)
+    for name in settings.REPEATABLE:
+        monkeypatch.delenv(name, raising=False)
+    own = [
+        "model_family=tiny",
+        "split=forget05",
+        "method=npo",
+        f"model_path={young}",
+        "num_epochs=1",
+        f"save_dir={tmp_path}/run",
+    ]
+    cfg = compose_config("forget", [*own, "geffect.every=1", "eval.every=1", "deterministic=true"])
+    try:
+        forget.run(cfg)
+        assert on == [True] * len(on) != []
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert override_suffix(cfg, "forget") == ""
+        assert (tmp_path / "run/scores.csv").exists()
+        assert (tmp_path / "run/geffect/steps.csv").exists()
+    finally:
+        settings.be_deterministic(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_is_true_or_false(tmp_path: Path) -> None:
+    done = run_in(tmp_path, f"python {ROOT}/compute_geffect.py model_family=tiny method=ga deterministic=yes", check=False)
+    assert done.returncode == 2
+    assert "deterministic=yes: needs to be true or false" in done.stderr

@@ -67,6 +67,11 @@ def has_adapters(model: nn.Module) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether peft puts trained tokens before the rows' own (prompt tuning, prefix tuning), at each call anew."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 @torch.no_grad()
 def read_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Put the adapter's weights of a folder into the model's adapters.
@@ -88,16 +93,14 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was without its adapters, in eval mode; a model that has none as it is."""
+    """The model as it was without its adapters; a model that has none as it is."""
     if not has_adapters(model):
         yield
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    training = {module: module.training for module in model.modules()}
     grads = {parameter: parameter.requires_grad for parameter in model.parameters()}  # which peft's switch changes
-    model.eval()
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -107,8 +110,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
         for parameter, grad in grads.items():
             parameter.requires_grad_(grad)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def bare(model: PreTrainedModel) -> PreTrainedModel:
@@ -152,5 +153,9 @@ def merged(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     """The model with the adapter of a folder added to its weights."""
     from peft import PeftModel
 
-    found: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    with_adapter = PeftModel.from_pretrained(model, folder)
+    if model.dtype == torch.float64:  # peft multiplies A and B as they are in the file
+        for parameter in with_adapter.parameters():
+            parameter.data = parameter.data.double()
+    found: PreTrainedModel = with_adapter.merge_and_unload()
     return found.requires_grad_(True)

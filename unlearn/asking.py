@@ -26,6 +26,7 @@ def measure_task(
     max_length: int | None = MAX_LENGTH,
     max_new_tokens: int | None = None,
     what: str = "",
+    rouge_tokenizer: str = "ascii",
 ) -> dict[str, Any]:
     """One set's log: {key: {row: value}} as TOFU has it.
 
@@ -36,13 +37,12 @@ def measure_task(
         real: of the real-world sets: the probability among the candidates stands there, too.
         answers: also what the model answers; without, the log has the losses, and empty texts.
         max_length, max_new_tokens: of the greedy answers (see `greedy_answers`).
+        rouge_tokenizer: see `scores.rouge_recalls`; a row whose answer has no word for it has the recall None.
     """
     texts = [
         [row["answer"], row.get("paraphrased_answer") or row["answer"], *(row.get("perturbed_answer") or ())] for row in rows
     ]
-    asked = tokenize(
-        [{"question": row["question"], "answer": text} for row, of in zip(rows, texts, strict=True) for text in of]
-    )
+    asked = tokenize([dict(row) | {"answer": text} for row, of in zip(rows, texts, strict=True) for text in of])
     forced = iter(teacher_force(how, asked, what=f"{what} losses"))
     of_row = [[next(forced) for _ in of] for of in texts]
     heads = [asked[i] for i in np.cumsum([0, *map(len, texts)])[:-1]]
@@ -58,7 +58,8 @@ def measure_task(
         "generated_text": [list(three) for three in zip(prompts, said, truths, strict=True)],
     }
     if answers:
-        log |= {f"{kind}_recall": recalls for kind, recalls in scores.rouge_recalls(said, truths).items()}
+        for kind, recalls in scores.rouge_recalls(said, truths, rouge_tokenizer).items():
+            log[f"{kind}_recall"] = [None if np.isnan(recall) else recall for recall in recalls]
     if all(len(of) > 2 for of in of_row):
         log |= _perturbed([of[1] for of in of_row], [of[2:] for of in of_row])
         if real:

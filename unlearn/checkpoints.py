@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from tokenizers import ByteLevelBPETokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -24,15 +26,10 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available, logging
 
 from unlearn.adapters import has_adapters, merged, read_adapter
-from unlearn.files import base_of, remove_whole, written_whole
-from unlearn.sharding import like
+from unlearn.files import base_of, lacks_tokenizer, remove_whole, written_whole
+from unlearn.sharding import first_names, like
 
 Weights = Mapping[str, Tensor]
-
-
-def lacks_tokenizer(path: str) -> bool:
-    """Whether the path is a folder without one."""
-    return Path(path).is_dir() and not any(Path(path).glob("tokenizer*"))
 
 
 def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
@@ -85,14 +82,24 @@ def load_model(
     """
     if (base := base_of(path)) is not None:
         return merged(load_model(base, device, flash_attention, dtype), path)
-    how = "sdpa" if dtype == torch.float64 else attention(device, flash_attention)  # the plain one's softmax is float32
     with named(path, "config.json"):
         config = AutoConfig.from_pretrained(path)
+    how = "sdpa" if dtype == torch.float64 else attention(device, flash_attention)  # the plain one's softmax is float32
+    how = _supported(how, config)
+    # to a GPU weight by weight, not the whole by way of the CPU
+    straight = {"device_map": {"": device}} if device.type == "cuda" else {}
     with named(path, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=how, output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=how,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **straight,
         )
     model: PreTrainedModel = loaded[0]
+    model.__dict__.pop("hf_device_map", None)  # of a model on one device; Trainer would compare it with its own name for it
     report: dict[str, Any] = loaded[1]
     if other := sorted(name for name, *_ in report["mismatched_keys"]):
         raise ValueError(f"{path}: its {', '.join(other[:3])} is of another shape than its config.json says")
@@ -111,18 +118,32 @@ def load_weights(model: PreTrainedModel, path: str) -> None:
     """
     if has_adapters(model):
         return read_adapter(model, Path(path))
-    put_weights(model, read_weights(model, path))
+    there = _there(model, path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(like(parameter, there[name]))  # no more than one weight twice
 
 
-def read_weights(model: PreTrainedModel, path: str) -> dict[str, Tensor]:
-    """A checkpoint's weights by name, as the model has them in type and place. Raises ValueError as `load_weights` does."""
+def read_weights(model: PreTrainedModel, path: str, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+    """A checkpoint's weights by name, as the model has them in type and place. Raises ValueError as `load_weights` does.
+
+    Args:
+        keep: what becomes of each, before the next one is put there.
+    """
+    there = _there(model, path)
+    return {name: keep(like(parameter, there[name])) for name, parameter in model.named_parameters()}
+
+
+def _there(model: PreTrainedModel, path: str) -> dict[str, nn.Parameter]:
+    """A checkpoint's weights by name, on the CPU, in the model's precision. Raises ValueError as `load_weights` does."""
+    kind = model.dtype if base_of(path) is None else torch.promote_types(model.dtype, torch.float32)  # adapters are added in it
     with no_bars():
-        there = dict(load_model(path, torch.device("cpu")).named_parameters())
+        there = dict(load_model(path, torch.device("cpu"), dtype=kind).named_parameters())
     for name, parameter in model.named_parameters():
         shape = tuple(there[name].shape) if name in there else "nothing"
         if shape != tuple(parameter.shape):
             raise ValueError(f"{path}: another model ({name} is {shape} there, {tuple(parameter.shape)} in the original)")
-    return {name: like(parameter, there[name]) for name, parameter in model.named_parameters()}
+    return there
 
 
 @torch.no_grad()
@@ -133,10 +154,21 @@ def put_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
 
 
 def attention(device: torch.device, flash: bool = False) -> str:
-    """On a GPU flash-attn or SDPA; on a CPU, for rows as short as answers, plain matrix products are the fastest."""
-    if device.type == "cpu":
+    """On a GPU flash-attn or SDPA; on a CPU, for rows as short as answers, plain matrix products are the fastest.
+
+    Args:
+        device: where the model is loaded to. A model that is to be split is loaded to the CPU, and runs on the process's.
+    """
+    runs_on = PartialState().device if device.type == "cpu" else device
+    if runs_on.type == "cpu":
         return "eager"
     return "flash_attention_2" if flash and is_flash_attn_2_available() else "sdpa"
+
+
+def _supported(attention: str, config: PreTrainedConfig) -> str:
+    """The same, but for models that can't take SDPA (Gemma 2 caps its logits): the plain one."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "eager" if attention == "sdpa" and not getattr(model, "_supports_sdpa", True) else attention
 
 
 def new_model(path: str, texts: list[str], seed: int, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -147,7 +179,7 @@ def new_model(path: str, texts: list[str], seed: int, device: torch.device) -> t
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention(device))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=_supported(attention(device), config))
     return tokenizer, model.to(device)
 
 
@@ -175,15 +207,32 @@ def save_model(
     Args:
         weights: the model's state dict, where it is in shards.
     """
-    kind = getattr(torch, dtype)
-    weights = {name: weight.to(kind) for name, weight in (weights or model.state_dict()).items()}
+    kind, first = getattr(torch, dtype), first_names(model)
+    cast: dict[str, Tensor] = {}  # on the CPU, one after the other: tied weights once
+    for name, weight in (weights or model.state_dict()).items():
+        once = first.get(name, name)
+        cast[name] = cast[once] if once in cast else weight.to("cpu", kind)
     with no_bars():
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=cast)
     tokenizer.save_pretrained(folder)
+    name_as_before(folder / "tokenizer_config.json")
     if has_adapters(model):  # a config.json would make it a whole model
         return
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+
+
+def name_as_before(file: Path) -> None:
+    """Have a saved tokenizer loaded by transformers 4, too: by the names that it has for these, and that 5 still reads."""
+    config = json.loads(file.read_text()) if file.exists() else {}
+    if config.get("tokenizer_class") != "TokenizersBackend":
+        return
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra := config.pop("extra_special_tokens", None), list):
+        config["additional_special_tokens"] = extra
+    elif extra is not None:
+        config["extra_special_tokens"] = extra
+    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_checkpoint(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unlearn.sharding import local
+
 GRID = 21
 WIDTH = 1e-3  # bisection stops below it
 Curve = dict[float, tuple[float, float]]  # weight: forget PS, retain PS
@@ -18,9 +20,26 @@ Curve = dict[float, tuple[float, float]]  # weight: forget PS, retain PS
 
 @torch.no_grad()
 def mix(model: PreTrainedModel, original: Mapping[str, Tensor], unlearned: Mapping[str, Tensor], weight: float) -> None:
-    """Give the model (1 - weight) original + weight unlearned; at 0 and 1 exactly the one and the other."""
+    """Give the model (1 - weight) original + weight unlearned; at 0 and 1 exactly the one and the other.
+
+    The weights may be on another device: one parameter's are on the model's at a time.
+    """
     for name, parameter in model.named_parameters():
-        parameter.copy_(torch.lerp(original[name], unlearned[name], weight))
+        one, other = (local(weights[name]).to(parameter.device) for weights in (original, unlearned))
+        local(parameter).copy_(torch.lerp(one, other, weight))
+
+
+@torch.no_grad()
+def put(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Give the model weights that were kept."""
+    for name, parameter in model.named_parameters():
+        local(parameter).copy_(local(weights[name]))
+
+
+def kept(weight: Tensor) -> Tensor:
+    """A copy on the CPU, of this process's part where it is in shards; in pinned memory where there is a GPU to go back to."""
+    here = local(weight.detach())
+    return torch.empty(here.shape, dtype=here.dtype, pin_memory=torch.cuda.is_available()).copy_(here)
 
 
 def search(measure: Callable[[float], tuple[float, float]], bar: float, grid: int = GRID) -> tuple[float | None, Curve]:

@@ -1,22 +1,27 @@
-"""Greedy decoding, batched by length, with the key-value cache; a row leaves the batch when it ends.
+"""Greedy decoding, batched by length, with the model's cache; a row leaves the batch when it ends, where the cache allows it.
 
-Where teacher forcing has said how far greedy decoding follows the true answer, a row is decoded only from where it leaves it.
+Each token is the argmax, whatever the model's generation config says: of that only the end-of-sequence tokens count. Where
+teacher forcing has said how far greedy decoding follows the true answer, a row is decoded only from where it leaves it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from unlearn.forcing import Forced, Pass, over_batches, prompt_length, shares_prompts
+from unlearn.adapters import has_virtual_tokens
+from unlearn.forcing import Forced, Pass, attends_alone, over_batches, prompt_length
 from unlearn.rows import Row
 from unlearn.tokens import head_at, unwrap
 
 MAX_LENGTH = 200  # prompt and answer, in tokens, as TOFU has it
+CACHES = ("past_key_values", "cache_params")  # what models call it (RWKV's `state` is wrong for more than a row)
 MORE = 4  # times a pass's rows are decoded at once: a step reads all weights for a token a row, however many rows there are
 
 
@@ -60,11 +65,11 @@ def decode(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], what: s
     if not prefixes:
         return []
     order = sorted(range(len(prefixes)), key=lambda i: -len(prefixes[i]))
-    size = MORE * how.batch_size
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
     stops = stop_tokens(how.model, how.eos)
     with how.evaluating():
-        one = _decode_batch if shares_prompts(how.model) else _generate_batch
+        padded = attends_alone(how.model)
+        one = _decode_batch if padded else _decode_as_one
+        batches = _batches(prefixes, order, MORE * how.batch_size, padded)
         found = over_batches(
             how, batches, lambda batch: one(how, [prefixes[i] for i in batch], [limits[i] for i in batch], stops), what
         )
@@ -115,7 +120,7 @@ def _decode_batch(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], 
     while alive:
         last = torch.arange(1, len(alive) + 1, device=ids.device) * ids.shape[1] - 1
         where = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positioned else {}
-        with head_at(model, last):
+        with head_at(model, last, ids.shape[1]):
             out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
         tokens = out.logits.squeeze(0).argmax(-1)  # (rows that are left,)
         for row, token in zip(alive, tokens.tolist(), strict=True):
@@ -130,10 +135,32 @@ def _decode_batch(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], 
     return found
 
 
-def _generate_batch(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int]) -> list[list[int]]:
-    """The same by `generate`: for a model whose cache is not keys and values of every position."""
-    ids, mask = _pad_left(how, prefixes)
-    config = GenerationConfig(max_new_tokens=max(limits), do_sample=False, pad_token_id=how.pad, eos_token_id=sorted(stops))
-    out = unwrap(how.model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    rows = [row[:n] for row, n in zip(out[:, ids.shape[1] :].tolist(), limits, strict=True)]
+def _decode_as_one(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int]) -> list[list[int]]:
+    """The same for a model that keeps more than keys and values, or nothing: no padding, and no row leaves.
+
+    The cache goes back in under the name that it comes out by; without one every step is a pass over all that there is.
+    """
+    model = unwrap(how.model)
+    ids = torch.stack(list(prefixes)).to(how.model.device)
+    positioned = "position_ids" in inspect.signature(model.forward).parameters
+    found: list[list[int]] = [[] for _ in prefixes]
+    cache: dict[str, Any] = {}
+    while not all(len(row) >= n or stops & set(row) for row, n in zip(found, limits, strict=True)):
+        last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
+        width = len(prefixes[0]) + len(found[0])
+        where = {"position_ids": torch.arange(width, device=ids.device)[-ids.shape[1] :].expand_as(ids)} if positioned else {}
+        with head_at(model, last, ids.shape[1]):
+            out = model(input_ids=ids, use_cache=True, **where, **cache)
+        tokens = out.logits.squeeze(0).argmax(-1)  # (rows,)
+        for row, token in zip(found, tokens.tolist(), strict=True):
+            row.append(token)
+        cache = {name: out[name] for name in CACHES if out.get(name) is not None and not has_virtual_tokens(model)}
+        ids = tokens[:, None] if cache else torch.cat([ids, tokens[:, None]], dim=1)
+    rows = [row[:n] for row, n in zip(found, limits, strict=True)]
     return [[*(cut := _until(row, stops)), *row[len(cut) : len(cut) + 1]] for row in rows]
+
+
+def _batches(prefixes: Sequence[Tensor], order: Sequence[int], size: int, padded: bool) -> list[list[int]]:
+    """The row numbers, in order, `size` at most at once; of one length, where prefixes are not padded."""
+    groups = [list(order)] if padded else [list(group) for _, group in groupby(order, key=lambda i: len(prefixes[i]))]
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unlearn import scores
 from unlearn.checkpoints import pad_id
 from unlearn.decoding import decode, greedy_answers, positions_of
-from unlearn.forcing import Forced, Pass, prompt_length, teacher_force
+from unlearn.forcing import Forced, Pass, check_fit, check_labels, prompt_length, teacher_force
 from unlearn.rows import Row, tokenize_pairs
 from unlearn.tokens import IGNORE
 
@@ -25,9 +25,10 @@ ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")
 
 
 def knowledge(forced: Forced) -> dict[str, float]:
-    """A row's loss, probability, PS exact, extraction strength and exact memorisation."""
+    """A row's loss and label tokens, probability, PS exact, extraction strength and exact memorisation."""
     return {
         "loss": forced.loss,
+        "tokens": len(forced.labels),
         "probability": float(scores.probability(forced.loss)),
         "ps_exact": scores.ps_exact(forced.right),
         "extraction_strength": scores.extraction_strength(forced.right),
@@ -36,8 +37,16 @@ def knowledge(forced: Forced) -> dict[str, float]:
 
 
 def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each score over the rows that have a value."""
-    return {key: scores.mean([row[key] for row in rows]) for key in (rows[0] if rows else ())}
+    """The mean of each score over the rows that have a value; of the loss over their tokens, as the risks are."""
+    return {key: mean_of(rows, key) for key in (rows[0] if rows else ()) if key != "tokens"}
+
+
+def mean_of(rows: Sequence[Mapping[str, float]], key: str) -> float:
+    """The mean of a score over the rows that have a value, `loss` weighted by their `tokens`."""
+    values = [row.get(key, float("nan")) for row in rows]
+    if key == "loss":
+        return scores.token_mean(values, [row["tokens"] for row in rows])
+    return scores.mean(values)
 
 
 def membership(forced: Forced, text: str, reference_loss: float | None = None, k: float = 0.4) -> dict[str, float]:
@@ -75,6 +84,7 @@ def ps_similar(how: Pass, rows: Sequence[Row], what: str = "similar") -> list[fl
 
     Real generation, about log2(T) rounds. That a prefix suffices need not be monotone; bisection, as published, takes it to be.
     """
+    check_labels(rows, what)
     answers = [_answer(row, how.eos) for row in rows]
     low, high = [-1] * len(rows), [len(answer) for answer in answers]  # fails (or was not tried), suffices
     while open_ := [i for i in range(len(rows)) if high[i] - low[i] > 1]:
@@ -102,13 +112,18 @@ def score_rows(
     batch_size: int = 16,
     max_length: int = 500,
     max_new_tokens: int = 200,
+    rouge_tokenizer: str = "ascii",
 ) -> pd.DataFrame:
     """Every score that has a value for a single row, for (prompt, answer) texts: a data frame, one line a row.
 
-    Columns: loss, probability, ps_exact, extraction_strength, exact_memorization; zlib, min_k, min_k_plus_plus, reference (nan
-    without a `reference`, the retain model); generated_text, rougeL_recall. In float64 where the model is.
+    Columns: loss, tokens (how many it is the mean of), probability, ps_exact, extraction_strength, exact_memorization; zlib,
+    min_k, min_k_plus_plus, reference (nan without a `reference`, the retain model); generated_text, rougeL_recall (nan for an
+    answer without a word, see `scores.rouge_recalls`). In float64 where the model is.
     """
+    if not pairs:
+        raise ValueError("no rows to score")
     rows = tokenize_pairs(pairs, tokenizer, min(max_length, positions_of(model) or max_length))
+    check_fit(model, rows, [f"pairs[{i}]" for i in range(len(rows))])
     how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, batch_size=batch_size)
     forced = teacher_force(how, rows, moments=True)
     others: list[float | None] = [None] * len(rows)
@@ -116,7 +131,7 @@ def score_rows(
         others = [one.loss for one in teacher_force(Pass(reference, how.pad, how.eos, batch_size=batch_size), rows)]
     texts = [answer for _, answer in pairs]
     answers = greedy_answers(how, rows, tokenizer, forced, max_length=None, max_new_tokens=max_new_tokens)
-    recalls = scores.rouge_recalls(answers, texts)["rougeL"]
+    recalls = scores.rouge_recalls(answers, texts, rouge_tokenizer)["rougeL"]
     return pd.DataFrame(
         knowledge(one) | membership(one, text, loss) | {"generated_text": answer, "rougeL_recall": recall}
         for one, text, loss, answer, recall in zip(forced, texts, others, answers, recalls, strict=True)

@@ -22,14 +22,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from unlearn.risks import evaluating
+from unlearn.adapters import has_virtual_tokens
+from unlearn.evaluating import evaluating
 from unlearn.rows import Row, collate
 from unlearn.sharding import is_sharded
 from unlearn.tokens import IGNORE, head_at, token_outputs, unwrap, widen
 
 Prompt = tuple[int, ...]
+KEPT = 2  # positions that some models keep for themselves
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,12 @@ class Pass:
 
 
 def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: str = "teacher forcing") -> list[Forced]:
-    """One `Forced` a row, float32 or wider on the CPU; `moments`: with mean and variance."""
+    """One `Forced` a row, float32 or wider on the CPU; `moments`: with mean and variance.
+
+    Raises:
+        ValueError: a row has no label token.
+    """
+    check_labels(rows, what)
     distinct: dict[tuple[Prompt, Prompt], Row] = {}
     keys = [(tuple(row["input_ids"].tolist()), tuple(row["labels"].tolist())) for row in rows]
     for key, row in zip(keys, rows, strict=True):
@@ -104,6 +111,32 @@ def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: s
         found = over_batches(how, _plan(once, prompts, how.batch_size), _Measure(how, once, prompts, moments), what)
     place = {key: i for i, key in enumerate(distinct)}
     return [found[place[key]] for key in keys]
+
+
+def check_labels(rows: Sequence[Row], what: str) -> None:
+    """Raises ValueError where a row has no label token."""
+    for number, row in enumerate(rows, start=1):
+        if (row["labels"] == IGNORE).all():
+            raise ValueError(f"{what}: row {number} of {len(rows)} has no label token: no answer, and no end of one")
+
+
+def check_fit(model: PreTrainedModel, rows: Sequence[Row], places: Sequence[str]) -> None:
+    """Raises ValueError where the model does not embed a row's token, or has no position for it; `places` names the rows."""
+    embedded = len(unwrap(model).get_input_embeddings().weight)
+    for place, row in zip(places, rows, strict=True):
+        if (token := int(row["input_ids"].max())) >= embedded:
+            raise ValueError(f"{place}: has the token {token}, and the model embeds {embedded}: 0 to {embedded - 1}")
+    positions = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+    length, longest = max(((len(row["input_ids"]), i) for i, row in enumerate(rows)), default=(0, 0))
+    if positions is None or length <= positions - KEPT:
+        return
+    try:  # rotary positions go on behind those that a model was made for
+        with torch.no_grad(), evaluating(model, checkpointing=False):
+            model(input_ids=rows[longest]["input_ids"][None].to(model.device), use_cache=False)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{places[longest]}: has {length} tokens, and the model positions for {positions}; max_length={positions} cuts rows"
+        ) from error
 
 
 def token_nlls(how: Pass, rows: Sequence[Row], what: str = "losses") -> list[Tensor]:
@@ -134,16 +167,26 @@ def over_batches(
 
 def shares_prompts(model: PreTrainedModel) -> bool:
     """Whether the model's cache is keys and values of every position: then any number of answers can go on from one prompt."""
-    try:
-        cache = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True).past_key_values
-    except AttributeError:  # a model whose state goes by another name
-        return False
-    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return all(kind is DynamicLayer for kind in _cache_kinds(model))
+
+
+def attends_alone(model: PreTrainedModel) -> bool:
+    """Whether the model keeps nothing but keys and values, be it of a window: then a mask hides padding from all of it."""
+    return all(kind in (DynamicLayer, DynamicSlidingWindowLayer) for kind in _cache_kinds(model))
+
+
+def _cache_kinds(model: PreTrainedModel) -> list[type]:
+    """The classes of the layers of the model's cache; of one that is not made of such layers, its own."""
+    out = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
+    cache = out.get("past_key_values")
+    own = type(cache) is DynamicCache and not has_virtual_tokens(model)
+    return [type(layer) for layer in cache.layers] if own else [type(cache)]
 
 
 def prompt_length(row: Row) -> int:
-    """Tokens before the first label."""
-    return int((row["labels"] != IGNORE).nonzero()[0])
+    """Tokens before the first label; all of them where there is none."""
+    labelled = (row["labels"] != IGNORE).nonzero()
+    return int(labelled[0]) if len(labelled) else len(row["labels"])
 
 
 def _prompt(row: Row) -> Prompt | None:
@@ -194,7 +237,7 @@ class _Measure:
         model = unwrap(self.how.model)
         device, length = model.device, len(prompts[0])
         ids = torch.tensor(prompts, device=device)
-        with head_at(model, torch.arange(1, len(prompts) + 1, device=device) * length - 1):
+        with head_at(model, torch.arange(1, len(prompts) + 1, device=device) * length - 1, length):
             out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         first = widen(out.logits.squeeze(0))[torch.tensor(owner, device=device)]  # (B, V)
         answers = pad_sequence([label[:-1] for label in labels], batch_first=True, padding_value=self.how.pad).to(device)
@@ -204,7 +247,7 @@ class _Measure:
         real = torch.arange(answers.shape[1], device=device) < sizes[:, None]
         out.past_key_values.batch_select_indices(torch.tensor(owner, device=device))
         mask = torch.cat([real.new_ones(len(labels), length), real], dim=1).long()
-        with head_at(model, real.flatten().nonzero().squeeze(1)):
+        with head_at(model, real.flatten().nonzero().squeeze(1), answers.shape[1]):
             later = model(input_ids=answers, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True).logits
         rest = widen(later.squeeze(0)).split(sizes.tolist())
         return torch.cat([part for one, others in zip(first, rest, strict=True) for part in (one[None], others)])

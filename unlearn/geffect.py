@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from unlearn.checkpoints import pad_id
-from unlearn.forcing import Pass, token_nlls
+from unlearn.forcing import Pass, check_fit, token_nlls
 from unlearn.loss import Loss
 from unlearn.meter import RISKS, Meter, Target, Wanted
 from unlearn.objectives import Objective
@@ -82,20 +82,24 @@ def meter_of(
     """A `Meter` of an objective on texts or tokens, for `GEffectCallback`, or to measure again after the weights changed.
 
     Args:
-        forget: the rows to forget, D_u: (prompt, answer) texts, whose answers and an end-of-sequence token carry the loss,
-            or `input_ids` and `labels`, each (T,), not shifted, -100 where no loss is.
+        forget: the rows to forget, D_u: (prompt, answer) texts, whose answers and an end-of-sequence token carry the loss, or
+            `input_ids` and `labels`, each (T,), not shifted, -100 where no loss is. A text that begins with the special tokens
+            that the tokenizer puts in front (a chat template's does) does not get them again.
         retain: the rows to keep, D_r.
         objective: a function of `Tokens` and `Counts` as in `unlearn.objectives`, or a `Loss` with a retain term.
         reference: the model before unlearning, for an objective or a retain term that compares with it.
         beside: rows for the retain term.
 
     Raises:
-        ValueError: there are no rows, or they are of two kinds; the retain term has none; the model trains no parameter.
+        ValueError: there are no rows, or they are of two kinds, or one has no label tokens; the retain term has none; the
+            model trains no parameter.
     """
     for name, given in (("forget", forget), ("retain", retain)):
         if not len(given):
             raise ValueError(f"{name}: no rows")
-    rows = {name: _tokenized(given, tokenizer) for name, given in (("forget", forget), ("retain", retain), ("beside", beside))}
+    rows = {name: _tokenized(name, of, tokenizer) for name, of in (("forget", forget), ("retain", retain), ("beside", beside))}
+    for name, of in rows.items():
+        check_fit(model, of, [f"{name}[{i}]" for i in range(len(of))])
     loss = objective if isinstance(objective, Loss) else Loss(objective=objective)
     if loss.retain is not None and loss.reference is None:
         loss = replace(loss, reference=reference)
@@ -116,19 +120,27 @@ def meter_of(
     )
 
 
-def _tokenized(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def _tokenized(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     texts = [row for row in rows if not isinstance(row, dict)]
     if not texts:
-        return [_with_tensors(row) for row in rows]  # type: ignore[arg-type]
+        return [_with_tensors(f"{name}[{i}]", row) for i, row in enumerate(rows)]  # type: ignore[arg-type]
     if len(texts) < len(rows):
-        raise ValueError("rows: some are (prompt, answer) texts and some are tokens; give them all as one of the two")
+        raise ValueError(f"{name}: some rows are (prompt, answer) texts and some are tokens; give them all as one of the two")
     return tokenize_pairs(texts, tokenizer)
 
 
-def _with_tensors(row: Mapping[str, Any]) -> Row:
+def _with_tensors(name: str, row: Mapping[str, Any]) -> Row:
+    if lacking := {"input_ids", "labels"} - row.keys():
+        raise ValueError(f"{name}: needs input_ids and labels, and lacks {' and '.join(sorted(lacking))}")
     found = {key: torch.as_tensor(value) for key, value in row.items()}
-    labels = found["labels"].clone()
-    labels[0] = IGNORE  # nothing stands before it to predict it from
+    ids, labels = found["input_ids"], found["labels"].clone()
+    if ids.dim() != 1 or ids.shape != labels.shape:
+        raise ValueError(
+            f"{name}: input_ids and labels need to be (T,) both, and are {tuple(ids.shape)}, {tuple(labels.shape)}"
+        )
+    labels[:1] = IGNORE  # nothing stands before it to predict it from
+    if (labels == IGNORE).all():
+        raise ValueError(f"{name}: no label tokens; labels are not {IGNORE} where loss is, behind the first token")
     return found | {"labels": labels}
 
 

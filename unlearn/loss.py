@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn.adapters import adapters_off
+from unlearn.evaluating import in_eval_mode
 from unlearn.objectives import Objective
 from unlearn.tokens import Counts, Tokens, token_outputs
 
@@ -64,5 +65,5 @@ class Loss:
             return None
         n = batch["n_forget"]
         rows = {key: batch[key][n:] for key in ("input_ids", "attention_mask", "labels")}
-        with adapters_off(self.reference):
+        with in_eval_mode(self.reference), adapters_off(self.reference):
             return token_outputs(self.reference, rows).logits

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearn import sharding
+from unlearn.evaluating import evaluating
 from unlearn.loss import Loss
 from unlearn.objectives import mean_nll
 from unlearn.risks import (
@@ -32,7 +33,6 @@ from unlearn.risks import (
     add_gradient,
     dot,
     each_gradient,
-    evaluating,
     gradients_into,
     on,
     over_processes,
@@ -42,7 +42,7 @@ from unlearn.risks import (
     wide,
     zeros,
 )
-from unlearn.rows import Row, collate
+from unlearn.rows import Row, collate, counts
 from unlearn.sharding import is_sharded
 from unlearn.tables import Tables
 from unlearn.tangents import contract, token_tangents
@@ -51,7 +51,12 @@ from unlearn.tokens import label_positions
 
 RISKS = ("unlearn", "retain")
 RISK = Loss(objective=mean_nll)  # R: the token-mean cross-entropy of a whole set
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the tap against the whole gradient; else 5e-2
+PARTS = {"layers", "instances", "positions", "tokens"}  # the tables that add up to the totals
+WITHOUT = {"positions": "positions=false", "tokens": "tokens=false", "forward-mode pass": "a measurement without a sweep"}
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+}  # of parts against the whole, and of the tap against the gradient; else 5e-2
 IN_PARTS = 1e-5  # where only parts of a float64 model are in float32
 
 
@@ -114,6 +119,12 @@ class Meter:
             )
         if any((t.loss.retain is not None) != bool(t.retain) for t in (self.target, *self.sweep.values())):
             raise ValueError("a retain term needs rows beside those to forget, and rows beside them a retain term")
+        for name, rows in {
+            "the target": self.target.forget,
+            **{f"the {name} risk": of for name, of in self.risks.items()},
+        }.items():
+            if not counts(rows)[0]:
+                raise ValueError(f"{name}: its {len(rows)} rows have no label tokens")
         self.parameters = trainable(self.model)
         if not self.parameters:
             raise ValueError(f"{type(self.model).__name__}: no parameter of it requires a gradient")
@@ -124,7 +135,6 @@ class Meter:
             )
         self.sites: list[Site] = []
         self.directions: Directions = {}
-        self.precision: torch.dtype | None = None  # the least that a gradient passes
 
     def measure(self) -> Tables:
         """The tables `steps` and `layers` of the present weights, and what else is wanted; columns as in the README.
@@ -133,19 +143,21 @@ class Meter:
             FloatingPointError: an effect is not finite.
             ValueError: a module's output does not tell instances apart.
         """
-        with self.trained(True):
+        with self.trained(True), self._references():
             values = self.risk_gradients()
             if not self.sites:
-                sites = self._find_sites()
-                if self.wanted.instances and not self.wanted.norms:
-                    self._check_one_row(sites)
-                self.sites = sites
+                self.precision = self._precision()
+                self.sites = self._find_sites()
+            if self.wanted.instances and not self.wanted.norms:
+                self._check_one_row()
             tables = self.tapped() if self.wanted.instances else self.plain()
             tables["steps"] = tables["steps"].assign(risk_value=[values[risk] for risk in RISKS], update_effect=math.nan)
             if self.wanted.tokens:
                 tables["tokens"] = self.by_token()
             if self.sweep:
-                tables["sweep"] = self.swept()
+                tables["sweep"] = self.swept(tables["steps"])
+        for name in PARTS & tables.keys():
+            self._check_parts(name, tables[name], tables["steps"])
         return tables
 
     def start_update(self) -> None:
@@ -195,11 +207,20 @@ class Meter:
             for name, p in self.parameters.items():
                 p.requires_grad_(before[name])
 
+    @contextmanager
+    def _references(self) -> Iterator[None]:
+        """The losses' reference models as they are measured, too."""
+        models = (target.loss.reference for target in (self.target, *self.sweep.values()))
+        with ExitStack() as stack:
+            for reference in {id(model): model for model in models if model is not None and model is not self.model}.values():
+                stack.enter_context(evaluating(reference, checkpointing=False))
+            yield
+
     def risk_gradients(self) -> dict[str, float]:
         """Fill `directions` with the gradients V of the risks, in the weights' precision; returns the risks' values."""
         if not self.directions:
-            made = {name: sharding.zeros(p, (len(RISKS),), p.dtype) for name, p in self.parameters.items()}
-            self.directions = {name: v.cpu() for name, v in made.items()} if self.offload else made
+            of = self.parameters.items()
+            self.directions = {name: sharding.zeros(p, (len(RISKS),), p.dtype, self.offload) for name, p in of}
         values = {}
         for d, risk in enumerate(RISKS):
             stacked = {name: v[d] for name, v in self.directions.items()}
@@ -213,13 +234,19 @@ class Meter:
                 v.copy_(sums[name])
         return values
 
+    def _precision(self) -> torch.dtype:
+        """The least that a gradient passes; transformers' norms and softmax drop to float32 inside a float64 model."""
+        [batch, *_] = set_batches(self.risks["unlearn"][:1], [], 1, self.pad, equally_many=True)
+        with evaluating(self.model, checkpointing=False), self._autocast():
+            return narrowest(RISK(self.model, on(batch, self.model.device))["objective"])
+
     def _find_sites(self) -> list[Site]:
         row = collate(self.risks["unlearn"][:1], self.pad)
-        with evaluating(self.model):
+        with evaluating(self.model), self._autocast():
             return find_sites(self.model, self.parameters, self.directions, on(row, self.model.device))
 
-    def _check_one_row(self, sites: list[Site]) -> None:
-        """Where no gradient of the whole loss is formed, the tap is checked once, on a row."""
+    def _check_one_row(self) -> None:
+        """Where no gradient of the whole loss is formed, the tap is checked on a row."""
         dots = [0.0] * len(RISKS)
         norms = [[0.0] * len(RISKS), [0.0] * len(RISKS)]  # squared, of the loss's gradient and of V
 
@@ -230,7 +257,7 @@ class Meter:
                 norms[1][d] += dot(v, v)
 
         for batch in set_batches(self.target.forget[:1], [], 1, self.pad, equally_many=self.sharded):
-            tap = Tap(sites, self.directions, 1)
+            tap = Tap(self.sites, self.directions, 1)
             with evaluating(self.model), each_gradient(self.parameters, take):
                 self._backward(tap, on(batch, self.model.device))
             scale = [math.sqrt(g * v) for g, v in zip(*norms, strict=True)]
@@ -240,7 +267,6 @@ class Meter:
         with tap.batch(batch):
             with self._autocast():
                 loss = sum(self.target.loss(self.model, batch).values())
-            self.precision = self.precision or narrowest(loss)  # type: ignore[arg-type]
             loss.backward()  # type: ignore[union-attr]
 
     def tapped(self) -> Tables:
@@ -290,13 +316,17 @@ class Meter:
                     found = {"ref_logits": logits.get(id(loss.reference))} if retain else {}
                     yield i, batch, dual.tokens.nll, contract(loss, dual, batch | found)
 
-    def swept(self) -> pd.DataFrame:
-        names, targets = list(self.sweep), list(self.sweep.values())
-        totals = torch.zeros((len(names), len(RISKS)), dtype=torch.float64, device=self.model.device)
+    def swept(self, steps: pd.DataFrame | None = None) -> pd.DataFrame:
+        """The totals of each target of the sweep; those of `target`, from the same passes, must be the ones in `steps`."""
+        names, targets = list(self.sweep), [*self.sweep.values(), self.target]
+        totals = torch.zeros((len(targets), len(RISKS)), dtype=torch.float64, device=self.model.device)
         with evaluating(self.model, checkpointing=False):
             for i, _, _, shares in self._shares(targets):
                 totals[i] += shares.sum(1)
         over_processes([totals])
+        if steps is not None:
+            own = pd.DataFrame({"risk": RISKS, "geffect": totals[-1].tolist()})
+            self._check_parts("forward-mode pass", own, steps)
         rows = [(risk, *name, totals[i, d].item()) for i, name in enumerate(names) for d, risk in enumerate(RISKS)]
         _check_finite([row[-1] for row in rows])
         return pd.DataFrame(rows, columns=["risk", "method", "hyper_param", "geffect"])
@@ -349,21 +379,38 @@ class Meter:
         columns = {"risk": RISKS, "geffect": totals, "cosine": cosines, "objective_norm": norm, "risk_norm": risk_norms}
         return pd.DataFrame(columns)
 
+    def _bound(self) -> float:
+        """How far, relative to the product of the norms, rounding alone can take two ways to one number apart."""
+        if (self.model.dtype, self.precision) == (torch.float64, torch.float32):
+            return IN_PARTS
+        return TOLERANCE.get(self.precision, 5e-2)
+
     def _check_tap(self, totals: Sequence[float], plain_totals: Sequence[float], scale: Sequence[float]) -> None:
         """The gradient itself, where it is there, must give the same totals: else some weight is used past its module.
 
         Args:
             scale: the product of the norms.
         """
-        widest, least = self.model.dtype, self.precision or self.model.dtype
-        bound = (
-            5e-2 if self.bf16 else IN_PARTS if (widest, least) == (torch.float64, torch.float32) else TOLERANCE.get(least, 5e-2)
-        )
+        bound = self._bound()
         for tapped, plain, norms in zip(totals, plain_totals, scale, strict=True):
             if abs(tapped - plain) > bound * norms:
                 raise ValueError(
                     f"{type(self.model).__name__}: the tapped pass gives {tapped:.6g}, the whole gradient {plain:.6g}: a weight"
                     " is used other than by calling its module (instances=false does without the tap)"
+                )
+
+    def _check_parts(self, name: str, parts: pd.DataFrame, steps: pd.DataFrame) -> None:
+        """Parts add up to the totals: else a path through the model was dropped, or counted twice."""
+        bound = self._bound()
+        for total in steps.itertuples():
+            values = parts.loc[parts["risk"] == total.risk, "geffect"]
+            norms = total.objective_norm * total.risk_norm
+            scale = values.abs().sum() if math.isnan(norms) else norms
+            if not abs(values.sum() - total.geffect) <= bound * scale:
+                raise ValueError(
+                    f"{type(self.model).__name__}: the G-effects on the {total.risk} risk by {name} add up to"
+                    f" {values.sum():.6g}, and the total is {total.geffect:.6g}: an operation of the model can't be taken apart"
+                    f" so ({WITHOUT.get(name, 'instances=false')} does without)"
                 )
 
     def _by_site(self, effects: list[list[float]]) -> pd.DataFrame:

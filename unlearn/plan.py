@@ -121,19 +121,26 @@ def activations(shape: Shape, work: Work, tokens: float, row: float) -> float:
 
 
 def logits(shape: Shape, labels: float, copies: float, bf16: bool) -> float:
-    """Logits as the head gives them, and `copies` of them in float32: wide, as log-probabilities, their gradient."""
+    """Logits as the head gives them, and `copies` of them in float32: wide, as log-probabilities, both ones' gradients."""
     return labels * shape.vocabulary * ((HALF if bf16 else 0) + copies * FULL)
 
 
 def held(shape: Shape, work: Work) -> dict[str, float]:
-    """What is there all the while: the weights, and where they are in shards two blocks of them whole."""
+    """What is there all the while: the weights, and where they are in shards two blocks of them whole, as they are run."""
     bytes_ = float(work.weight * shape.parameters)
     found = {"weights": bytes_ / work.shards}
     if work.shards > 1:
-        found["blocks gathered"] = 2 * bytes_ / (shape.layers + 1)
+        found["blocks gathered"] = 2.0 * run_in(work) * shape.parameters / (shape.layers + 1)
+    elif work.bf16 and work.weight == FULL:  # autocast's, from the forward to the backward pass
+        found["weights in bfloat16"] = float(HALF * shape.parameters)
     if work.reference and not work.lora:
         found["reference model"] = bytes_ / work.shards
     return found
+
+
+def run_in(work: Work) -> int:
+    """Bytes of a weight as products have it."""
+    return HALF if work.bf16 else work.weight
 
 
 def trained(shape: Shape, work: Work) -> int:
@@ -143,6 +150,13 @@ def trained(shape: Shape, work: Work) -> int:
 def width(work: Work) -> int:
     """Bytes of a trained number: adapters are in float32 whatever the weights are in."""
     return FULL if work.lora else work.weight
+
+
+def largest(shape: Shape, work: Work) -> int:
+    """Numbers of the largest trained tensor: an adapter's, or the embeddings."""
+    if work.lora:
+        return max(work.lora * max(a, b) for a, b in shape.linear)
+    return shape.vocabulary * shape.hidden
 
 
 def optimiser(shape: Shape, work: Work) -> float:
@@ -160,11 +174,16 @@ def training(shape: Shape, work: Work) -> Need:
     memory["optimiser"] = optimiser(shape, work)
     if shape.tied and not work.lora:  # both uses' gradients before they are added
         memory["gradients of the tied head"] = 2.0 * width(work) * shape.vocabulary * shape.hidden
-    if work.bf16 and work.weight == FULL:
-        memory["weights in bfloat16"] = HALF * shape.parameters / (1 if work.shards == 1 else shape.layers)
+    else:  # a micro-batch's gradient of the largest weight, before it is added to those before it
+        memory["gradient of a tensor"] = float(width(work) * largest(shape, work))
+    if work.shards > 1 and not work.lora:  # of two blocks, as they come and as they are reduced
+        memory["gradients not yet reduced"] = 2.0 * (run_in(work) + FULL) * shape.parameters / (shape.layers + 1)
+    elif work.shards > 1:
+        memory["gradients not yet reduced"] = float(FULL * p)
     tokens = sets * work.rows * work.tokens
     memory["activations"] = activations(shape, work, tokens, work.tokens)
-    memory["logits"] = logits(shape, sets * work.rows * work.labels, 3, work.bf16)
+    memory["gradients of activations"] = tokens * run_in(work) * (2.0 * shape.intermediate + 4 * shape.hidden)  # of one layer
+    memory["logits"] = logits(shape, sets * work.rows * work.labels, 4, work.bf16)
     if work.reference:
         memory["logits of the reference"] = logits(shape, work.rows * work.labels, 5, work.bf16)
     disk = {"checkpoints": float(work.checkpoints * work.saved * p), "to go on from": 2 * (FULL + work.optimizer) * p}

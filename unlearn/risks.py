@@ -16,9 +16,9 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unlearn import sharding
+from unlearn.evaluating import evaluating
 from unlearn.loss import Loss
 from unlearn.rows import Row, collate, counts
 from unlearn.sharding import local
@@ -115,21 +115,6 @@ def gradients_into(sums: Vectors, parameters: Mapping[str, nn.Parameter]) -> Abs
     Those of half-precision weights are so summed over batches in float32: in bfloat16 a sum of 4000 is off by a third.
     """
     return each_gradient(parameters, lambda name, gradient: sums[name].add_(gradient))
-
-
-@contextmanager
-def evaluating(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
-    """Without dropout but with gradient checkpointing, which transformers' layers do in training only; and back."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = checkpointing and module.gradient_checkpointing
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def add_gradient(

@@ -21,7 +21,8 @@ def tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int = 500,
     prompt_loss: int = 0,
-    special_tokens: bool = True,
+    special_tokens: bool | None = None,
+    places: Sequence[str] | None = None,
 ) -> list[Row]:
     """(prompt, answer) texts to token ids, with labels on the answer's tokens and one end-of-sequence token.
 
@@ -30,7 +31,9 @@ def tokenize_pairs(
     Args:
         max_length: tokens a row keeps at most.
         prompt_loss: how many of the prompt's last characters count as answer.
-        special_tokens: whether the tokenizer adds its own; no, where the text has them already.
+        special_tokens: whether the tokenizer adds its own; None: to texts that do not begin with them (as those of a chat
+            template do).
+        places: what to call each row in what is said of it; None: its number.
 
     Raises:
         ValueError: a row's prompt leaves no room for an answer, or the tokenizer has no end-of-sequence token or gives
@@ -38,20 +41,38 @@ def tokenize_pairs(
     """
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise ValueError(f"{tokenizer.name_or_path}: needs a fast tokenizer with an end-of-sequence token")
-    encoded = tokenizer(
-        [prompt + answer for prompt, answer in pairs], add_special_tokens=special_tokens, return_offsets_mapping=True
-    )
+    encoded = _encode([prompt + answer for prompt, answer in pairs], tokenizer, special_tokens)
     rows = []
-    for number, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True), start=1):
+    for number, (ids, ends) in enumerate(encoded, start=1):
         boundary = len(pairs[number - 1][0]) - prompt_loss
-        rows.append(_to_row(ids, [end for _, end in offsets], boundary, tokenizer.eos_token_id, max_length))
+        rows.append(_to_row(ids, ends, boundary, tokenizer.eos_token_id, max_length))
         if (rows[-1]["labels"] == IGNORE).all():
-            raise ValueError(f"row {number}: its prompt alone fills max_length={max_length} tokens")
+            place = f"row {number}" if places is None else places[number - 1]
+            raise ValueError(f"{place}: its prompt alone fills max_length={max_length} tokens")
     return rows
 
 
+Encoded = tuple[list[int], list[int]]  # a text's tokens, and the character behind each; 0 for those of no text
+
+
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool | None) -> list[Encoded]:
+    if special_tokens is None:
+        bare, full = (_encode(texts, tokenizer, special) for special in (False, True))
+        return [one if _begins_with_added(one, other) else other for one, other in zip(bare, full, strict=True)]
+    encoded = tokenizer(list(texts), add_special_tokens=special_tokens, return_offsets_mapping=True)
+    ends = ([end for _, end in offsets] for offsets in encoded["offset_mapping"])
+    return list(zip(encoded["input_ids"], ends, strict=True))
+
+
+def _begins_with_added(bare: Encoded, full: Encoded) -> bool:
+    """Whether the text itself begins with the tokens that the tokenizer adds at its front."""
+    of_no_text = [next((i for i, end in enumerate(ends) if end), len(ends)) for _, ends in (bare, full)]
+    added = full[0][: of_no_text[1] - of_no_text[0]]
+    return bool(added) and bare[0][: len(added)] == added
+
+
 def _to_row(ids: list[int], ends: list[int], boundary: int, eos: int, max_length: int) -> Row:
-    if ids and ids[-1] == eos and ends[-1] == 0:  # the tokenizer added its own end-of-sequence token
+    while ids and ids[-1] == eos and (ends[-1] == 0 or ends[-1] > boundary):  # the tokenizer's own, or the text's
         ids, ends = ids[:-1], ends[:-1]
     labels = [token if end > boundary else IGNORE for token, end in zip(ids, ends, strict=True)] + [eos]
     labels[0] = IGNORE  # nothing stands before it to predict it from

@@ -7,8 +7,10 @@ value (an answer without tokens) is nan, and is left out of means.
 
 from __future__ import annotations
 
+import unicodedata
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +19,7 @@ from scipy.stats import hmean, ks_2samp, mannwhitneyu
 
 Floats = NDArray[np.float64]
 DEFINITIONS = ("geometric", "arithmetic")
+ROUGE_TOKENIZERS = ("ascii", "unicode")
 OPEN_UNLEARNING = 1e-10  # the epsilon that open-unlearning adds to the denominators; TOFU has none
 
 
@@ -66,8 +69,8 @@ def truth_ratio_keep(ratios: ArrayLike) -> float:
 
 
 def model_utility(parts: Sequence[float]) -> float:
-    """The harmonic mean of the nine scores off the forget set, 0 where one of them is 0."""
-    return float(hmean(np.asarray(parts, dtype=float)))
+    """The harmonic mean of the nine scores off the forget set: 0 where one of them is 0, nan where one has no value."""
+    return float(hmean(np.asarray(parts, dtype=float))) if not np.isnan(parts).any() else float("nan")
 
 
 def forget_quality(ratios: ArrayLike, retain_ratios: ArrayLike) -> tuple[float, float]:
@@ -79,14 +82,73 @@ def forget_quality(ratios: ArrayLike, retain_ratios: ArrayLike) -> tuple[float, 
     return float(test.pvalue), float(test.statistic)
 
 
-def rouge_recalls(answers: Sequence[str], truths: Sequence[str]) -> dict[str, list[float]]:
+def rouge_recalls(answers: Sequence[str], truths: Sequence[str], rouge_tokenizer: str = "ascii") -> dict[str, list[float]]:
     """Each row's `rouge1` and `rougeL` recall with stemming: the share of the truth's words that the answer has; in order, for
-    `rougeL`."""
+    `rougeL`. Nan where the truth has no word.
+
+    Args:
+        rouge_tokenizer: what a word is: `ascii`, a-z and 0-9 alone, as rouge-score is published and TOFU has it; `unicode`,
+            see `unicode_words`.
+
+    Raises:
+        ValueError: the tokenizer is neither.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    found = [scorer.score(truth, answer) for answer, truth in zip(answers, truths, strict=True)]
-    return {kind: [row[kind].recall for row in found] for kind in ("rouge1", "rougeL")}
+    words = _rouge_words(rouge_tokenizer)
+    scorer = RougeScorer(["rouge1", "rougeL"], tokenizer=words)
+    found = [
+        scorer.score(truth, answer) if words.tokenize(truth) else None for answer, truth in zip(answers, truths, strict=True)
+    ]
+    return {kind: [row[kind].recall if row is not None else float("nan") for row in found] for kind in ("rouge1", "rougeL")}
+
+
+def _rouge_words(rouge_tokenizer: str) -> Any:
+    """What rouge-score takes as its tokenizer."""
+    from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
+
+    if rouge_tokenizer not in ROUGE_TOKENIZERS:
+        raise ValueError(f"rouge_tokenizer={rouge_tokenizer}: is one of {', '.join(ROUGE_TOKENIZERS)}")
+    published = DefaultTokenizer(use_stemmer=True)
+
+    class Words(Tokenizer):
+        """The stems of words of a-z and 0-9 as published, others as they are."""
+
+        def tokenize(self, text: str) -> list[str]:
+            return [stem for word in unicode_words(text) for stem in (published.tokenize(word) if word.isascii() else [word])]
+
+    return Words() if rouge_tokenizer == "unicode" else published
+
+
+ONE_BY_ONE = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "LAO", "KHMER", "MYANMAR")  # names of what has no spaces
+
+
+def unicode_words(text: str) -> list[str]:
+    """The text's words: runs of letters, digits and the marks on them, in any script; NFKC and case folded.
+
+    A character, with its marks, is a word in scripts that have no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese).
+    What only steers the layout (joiners, soft hyphens, variation selectors) is left out.
+    """
+    words: list[str] = []
+    inside = joins = False  # a word: may it take marks, and letters
+    for char in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()):
+        kind, name = unicodedata.category(char), unicodedata.name(char, "")
+        if kind == "Cf" or name.startswith("VARIATION SELECTOR"):
+            continue
+        if inside and kind in ("Mn", "Mc"):
+            words[-1] += char
+        elif kind[0] in "LN":
+            alone = name.startswith(ONE_BY_ONE)
+            words[-1:] = [words[-1] + char] if joins and not alone else [*words[-1:], char]
+            inside, joins = True, not alone
+        else:
+            inside = joins = False
+    return words
+
+
+def loses_letters(text: str) -> bool:
+    """Whether rouge-score's own tokenizer drops a letter, digit or mark of the text."""
+    return any(not word.isascii() for word in unicode_words(text))
 
 
 # ---- extraction and memorisation ----
@@ -165,6 +227,12 @@ def mean(values: ArrayLike) -> float:
     """The mean of those that have a value; nan where none has."""
     numbers = np.asarray(values, dtype=float)
     return float(numbers[~np.isnan(numbers)].mean()) if (~np.isnan(numbers)).any() else float("nan")
+
+
+def token_mean(losses: ArrayLike, tokens: ArrayLike) -> float:
+    """The mean over all tokens of all rows, of each row's mean and how many tokens that is of; nan without rows."""
+    weights = np.asarray(tokens, dtype=float)
+    return float((np.asarray(losses, dtype=float) * weights).sum() / weights.sum()) if len(weights) else float("nan")
 
 
 def _log(epsilon: float) -> float:

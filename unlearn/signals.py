@@ -1,12 +1,17 @@
-"""SIGTERM and Ctrl-C: a run that can save does so and stops at a step's end; anything else stops at once. Imports no torch."""
+"""SIGTERM and Ctrl-C: a run that can save does so and stops at a step's end; anything else stops at once. Imports no torch.
+
+And how long processes wait for each other.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 
+PATIENCE = timedelta(hours=12)  # while one saves a large model, the others wait: ten minutes, NCCL's own, are too short
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 

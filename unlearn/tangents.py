@@ -9,14 +9,17 @@ Letters: M label tokens of the batch, D directions, V vocabulary, d hidden size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unlearn.loss import Loss
@@ -64,25 +67,24 @@ def token_tangents(
     def run(w: Weights) -> dict[str, Tensor]:
         return functional_call(outputs, w, ())
 
-    handles = [m.register_forward_hook(_hold_padding) for m in model.modules() if isinstance(m, nn.Embedding)]
-    try:
+    with torch.autocast(batch["labels"].device.type, enabled=False):
         found, tangents = along_each(run, weights, v)
-    finally:
-        for handle in handles:
-            handle.remove()
     rows, width = batch["labels"].shape
     tokens = Tokens(row=label_positions(batch["labels"]) // width, n_rows=rows, **found)
     return Dual(tokens, tangents)
 
 
 def along_each(f: Callable[[Weights], Any], w: Weights, v: Weights) -> tuple[Any, Any]:
-    """f(w), and its changes along the stacked directions v, (D, ...). Attention takes the path that has a forward mode."""
+    """f(w), and its changes along the stacked directions v, (D, ...). Attention takes the path that has a forward mode.
+
+    A path that an operation keeps from being differentiated twice may be dropped without an error: compare with the total.
+    """
 
     def along(v: Weights) -> tuple[Any, Any]:
         value, change = jvp(f, (w,), (v,))  # type: ignore[misc]
         return value, change
 
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), PaddingHeld():
         try:
             return vmap(along, out_dims=(None, 0))(v)  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
@@ -107,17 +109,28 @@ def by_transposes(f: Callable[[Weights], Any], w: Weights, v: Weights) -> tuple[
     return tree_unflatten([y.detach() for y in outputs], structure), tree_unflatten(changes, structure)
 
 
-def padding(module: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
-    """(..., 1), where an embedding meets its `padding_idx`: no gradient goes there, though a tied head's goes to that row."""
-    if not isinstance(module, nn.Embedding) or module.padding_idx is None:
-        return None
-    return (args[0] == module.padding_idx).unsqueeze(-1)
+class PaddingHeld(TorchFunctionMode):
+    """While entered, what is looked up at an embedding's `padding_idx` has no tangent, as it has no gradient.
 
+    Forward mode would let it change. It is held where it is looked up: what a module makes of it has a tangent, and so has a
+    head that is tied to the embedding. `zero`: it is 0, as where V is looked up in the weights' place.
+    """
 
-def _hold_padding(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward mode would let it change."""
-    where = padding(module, args)
-    return output if where is None else torch.where(where, output.detach(), output)
+    def __init__(self, zero: bool = False) -> None:
+        super().__init__()
+        self.zero = zero
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is not F.embedding:
+            return output
+        given = inspect.signature(F.embedding).bind(*args, **kwargs).arguments
+        padding = given.get("padding_idx")
+        if padding is None:
+            return output
+        where = (given["input"] == padding % len(given["weight"])).unsqueeze(-1)
+        return torch.where(where, torch.zeros_like(output) if self.zero else output.detach(), output)
 
 
 def contract(loss: Loss, dual: Dual, batch: Mapping[str, Any]) -> Tensor:

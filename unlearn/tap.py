@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unlearn.risks import Batch, Directions, wide
 from unlearn.sharding import blocks, whole
-from unlearn.tangents import along_each, padding
+from unlearn.tangents import PaddingHeld, along_each
 from unlearn.tokens import label_positions, token_outputs
 
 
@@ -88,10 +88,11 @@ class Site:
     def changes(self, directions: Directions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[Tensor]]:
         """For each direction the change of its outputs along it."""
         if self.linear:
-            where = padding(self.module, args)
             for d in range(len(next(iter(directions.values())))):
-                outputs = self.call(self.along(directions, d), args, kwargs)
-                yield outputs if where is None else [x.masked_fill(where, 0) for x in outputs]
+                v = self.along(directions, d)
+                with PaddingHeld(zero=True):
+                    outputs = self.call(v, args, kwargs)
+                yield outputs
             return
         own = {name: self.module.get_parameter(name).detach() for name in self.names}
         v = {name: whole(directions[full].to(own[name].device)).to(own[name].dtype) for name, full in self.names.items()}
@@ -337,9 +338,16 @@ class Tap:
         self._batch = {"index": batch["index"], "at": at, "row": at // width, "position": at % width}
         self._width = width
         self.anchor = torch.zeros((), device=at.device, requires_grad=True)
+        self._shared = ""
         handles = [site.module.register_forward_hook(self._hook(site), with_kwargs=True) for site in self.sites]
         try:
             yield
+        except RuntimeError as error:
+            if not self._shared or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"{self._shared}: all rows share its output, which can't be taken apart (instances=false does without)"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -367,7 +375,10 @@ class Tap:
         """An output that all rows share (of positions, say) once for each row, that their gradients come apart."""
         n = len(self._batch["index"])
         shared = site.layer != "lm_head" and axes.rows == 0 and output.shape[0] == 1
-        return output.expand(n, *output.shape[1:]) if shared and n > 1 else output
+        if not shared or n == 1:
+            return output
+        self._shared = site.name
+        return output.expand(n, *output.shape[1:])
 
     def add(self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], grads: Sequence[Tensor | None]) -> None:
         """Add b . (change along V) of one call of a site, for each instance and direction."""

@@ -41,7 +41,7 @@ def row_names(task: Mapping[str, Any]) -> list[str]:
 def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> dict[str, Any]:
     """The scores of the log's sets, `{set: {rouge, probability, truth_ratio, rows}}`, and `model_utility`.
 
-    What a set's log lacks the losses for is left out, and the Model Utility with it.
+    What a set's log lacks the losses for is left out; the Model Utility is nan where one of its scores is not there.
 
     Args:
         definition: of the truth ratio, `geometric` or `arithmetic` (see `scores.truth_ratio`).
@@ -53,7 +53,8 @@ def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> 
             continue
         task, rows = log[file], row_names(log[file])
         losses = [task["avg_gt_loss"][row] for row in rows]
-        found[name] = {"rouge": scores.mean([task["rougeL_recall"][row] for row in rows])}
+        recalls = [task["rougeL_recall"][row] for row in rows]
+        found[name] = {"rouge": scores.mean([float("nan") if recall is None else recall for recall in recalls])}
         if "average_perturb_loss" in task:
             ratios = truth_ratios(task, definition, epsilon)
             if name in REAL:
@@ -65,9 +66,20 @@ def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> 
         if name not in REAL:
             found[name]["probability"] = scores.mean(scores.probability(losses))
         found[name]["rows"] = len(rows)
-    parts = [found.get(name, {}).get(kind) for name in ("retain", *REAL) for kind in KINDS]
-    if None not in parts:
-        found["model_utility"] = scores.model_utility([float(part) for part in parts if part is not None])
+    parts = [found.get(name, {}).get(kind, float("nan")) for name in ("retain", *REAL) for kind in KINDS]
+    found["model_utility"] = scores.model_utility(parts)
+    return found
+
+
+def without_words(log: Log) -> dict[str, dict[str, int]]:
+    """By set: rows without ROUGE, whose answers have no word, and answers of which rouge-score's tokenizer drops letters."""
+    found = {}
+    for name, (file, _) in TASKS.items():
+        if file in log:
+            task, rows = log[file], row_names(log[file])
+            none = [row for row in rows if task["rougeL_recall"][row] is None]
+            lossy = [row for row in rows if scores.loses_letters(task["generated_text"][row][-1])]
+            found[name] = {"without_rouge": len(none), "letters_dropped": len(lossy)}
     return found
 
 
@@ -135,15 +147,18 @@ def _fits(key: str, value: Any) -> bool:
         return isinstance(value, list) and len(value) >= 2 and all(isinstance(text, str) for text in value)
     if key == "average_perturb_loss":
         return isinstance(value, list) and bool(value) and all(isinstance(x, int | float) for x in value)
+    if key == "rougeL_recall" and value is None:  # of an answer without a word
+        return True
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def columns(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores as the columns of TOFU's aggregate_stat.csv."""
-    return {
+    """The scores as the columns of TOFU's aggregate_stat.csv, "not available" in place of what has no value."""
+    values = {
         f"{kind} {title}": found[name][key]
         for name, (_, title) in TASKS.items()
         if name in found
         for key, kind in KINDS.items()
         if key in found[name]
-    } | {"Model Utility": found.get("model_utility", "not available")}
+    } | {"Model Utility": found["model_utility"]}
+    return {key: "not available" if np.isnan(value) else value for key, value in values.items()}

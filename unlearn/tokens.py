@@ -73,11 +73,15 @@ def label_positions(labels: Tensor) -> Tensor:
 
 
 @contextmanager
-def head_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Form logits at `positions` (indices into B * T) only: the output head sees (1, M, d) in place of (B, T, d)."""
+def head_at(model: nn.Module, positions: Tensor, width: int) -> Iterator[None]:
+    """Form logits at `positions` (indices into B * T) only: the output head sees (1, M, d) in place of (B, T, d).
+
+    Args:
+        width: T.
+    """
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, 1)[positions].unsqueeze(0), *args[1:])
+        return (at_positions(args[0], positions, width).unsqueeze(0), *args[1:])
 
     handles = [unwrap(model).get_output_embeddings().register_forward_pre_hook(select)]
     if getattr(unwrap(model), "dtype", None) == torch.float64:
@@ -101,6 +105,11 @@ def _bound_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             mask.clamp_(min=least)
 
 
+def at_positions(hidden: Tensor, positions: Tensor, width: int) -> Tensor:
+    """(B, T, d) -> (M, d) at `positions`, indices into B * T; virtual tokens before the T (prompt tuning) are passed over."""
+    return hidden[:, -width:].flatten(0, 1)[positions]
+
+
 def unwrap(model: nn.Module) -> Any:
     """The Hugging Face model inside a DistributedDataParallel one, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -122,7 +131,7 @@ def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: int | None 
         raise ValueError(f"layer {layer}: the model has layers 0 (its embeddings) to {depth} (after its final norm)")
     labels = batch["labels"]
     at = label_positions(labels)
-    with head_at(model, at):
+    with head_at(model, at, labels.shape[1]):
         out = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -135,7 +144,7 @@ def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: int | None 
         row=at // labels.shape[1],
         n_rows=labels.shape[0],
         logits=logits,
-        hidden=None if layer is None else widen(out.hidden_states[layer]).flatten(0, 1)[at],
+        hidden=None if layer is None else widen(at_positions(out.hidden_states[layer], at, labels.shape[1])),
     )
 
 

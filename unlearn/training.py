@@ -27,10 +27,12 @@ from transformers.trainer_callback import ProgressCallback
 
 from unlearn.adapters import has_adapters
 from unlearn.checkpoints import load_weights, no_bars
+from unlearn.evaluating import evaluating
 from unlearn.files import seal, what_is_torn, write_whole
 from unlearn.loss import Loss
-from unlearn.sharding import all_finite, is_sharded, whole, whole_state
-from unlearn.signals import SoftStop, Stopped
+from unlearn.risks import on
+from unlearn.sharding import all_finite, few_are_trained, is_sharded, unreduced, whole, whole_state
+from unlearn.signals import PATIENCE, SoftStop, Stopped
 
 Publish = Callable[[PreTrainedModel, dict[str, Tensor], int], None]
 
@@ -65,6 +67,8 @@ class StepTrainer(Trainer):
     def __init__(self, loss: Loss, publish: Publish | None, **kwargs: Any) -> None:
         # A compute_loss_func tells Trainer that the loss needs no division by the accumulation steps.
         super().__init__(data_collator=lambda items: items[0], compute_loss_func=loss, **kwargs)
+        assert self.accelerator.ddp_handler is not None
+        self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else DDP's buckets are a second copy of the gradients
         self.loss, self.publish = loss, publish
         self.batches = kwargs["train_dataset"]
         self.sharded = isinstance(self.model, nn.Module) and is_sharded(self.model)
@@ -152,6 +156,8 @@ class StepTrainer(Trainer):
         prepare, clip = self.accelerator.prepare_model, self.accelerator.clip_grad_norm_
         self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: whole(clip(*args, **kwargs))
+        if few_are_trained(self.model):  # type: ignore[arg-type]
+            self.accelerator.no_sync = lambda model: unreduced(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As of a model in one piece."""
@@ -319,7 +325,7 @@ def train(
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     if loss.layer is not None and not is_sharded(model):
-        freeze_unreached(model, loss, batches[0])
+        freeze_unreached(model, loss, batches[0], settings.bf16)
     start = where_to_start(resume)
     progress = Progress()
     with SoftStop() as soft, logger_into(run / "logs", settings.logger):
@@ -382,6 +388,7 @@ def _arguments(s: Settings, run: Path) -> TrainingArguments:
         average_tokens_across_devices=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
+        ddp_timeout=round(PATIENCE.total_seconds()),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
@@ -392,11 +399,15 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable()
 
 
-def freeze_unreached(model: PreTrainedModel, loss: Loss, batch: dict[str, Any]) -> None:
-    """Freeze the parameters that the loss does not depend on (those above RMU's layer): DDP would wait for them."""
-    device = model.device
-    on_device = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    sum(loss(model, on_device).values()).backward()  # type: ignore[union-attr]
+def freeze_unreached(model: PreTrainedModel, loss: Loss, batch: dict[str, Any], bf16: bool = False) -> None:
+    """Freeze the parameters that the loss does not depend on (those above RMU's layer): DDP would wait for them.
+
+    Told by one backward pass, run as training's are but without dropout.
+    """
+    with evaluating(model):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            parts = loss(model, on(batch, model.device))
+        sum(parts.values()).backward()  # type: ignore[union-attr]
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     model.zero_grad()
