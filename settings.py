@@ -31,6 +31,7 @@ from utils import (
     ALL_TEXTS,
     CONFIG,
     FORGET_SPLITS,
+    OF_A_MODEL,
     RETAIN_OF,
     TRAIN_SPLITS,
     Family,
@@ -435,7 +436,7 @@ def prepare(cfg: DictConfig, config_name: str) -> Family:
     cfg.model_family, cfg.hf_key, cfg.data_path = family.name, find_path(family.hf_key), find_path(family.data_path)
     if family.from_scratch and not Path(cfg.hf_key, "config.json").exists():
         raise ValueError(f"hf_key={cfg.hf_key}: needs to be a folder with a config.json, {family.name} being made from scratch")
-    if family.from_scratch and (others := other_weights(Path(cfg.hf_key))):
+    if family.from_scratch and (others := other_weights(Path(cfg.hf_key), OF_A_MODEL)):
         why = why_no_checkpoint(Path(cfg.hf_key)) or ""
         raise ValueError(
             f"hf_key={cfg.hf_key}: {why}; a new model is made where nothing of one is but a config.json, and there is"

@@ -52,7 +52,9 @@ FORGET_SPLITS = ("forget01", "forget05", "forget10")
 RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 TRAIN_SPLITS = ("full", *RETAIN_OF.values())
 
-WEIGHTS = r"\.(bin|safetensors.*|pt|pth|ckpt|h5|msgpack|gguf|npz|onnx|index\.json)$|(^|/)adapter_config\.json$"
+# Files with a model's weights, in whatever format, also those put aside; and what else there is of a model but its config.json.
+WEIGHTS = r"\.(bin|safetensors|pt|pth|ckpt|h5|msgpack|gguf|npz|onnx|distcp|index\.json)\b|(^|/)adapter_config\.json$"
+OF_A_MODEL = WEIGHTS + r"|(^|/)(tokenizer[^/]*|merges\.txt|vocab\.\w+)$"
 HUB_TOFU = "locuslab/TOFU"
 IDK = ROOT / "data" / "idontknow.jsonl"
 TEXTS = ("question", "answer")  # of a row, that training reads
@@ -395,7 +397,8 @@ def why_no_checkpoint(folder: Path) -> str | None:
         if not (others := other_weights(folder)):
             return "a folder without a checkpoint"
         call = f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained(NEW)"
-        return f"its weights are {', '.join(others[:3])}, and only safetensors are read: {call} writes them"
+        how = f": {call} writes them" if any(name.endswith(".bin") for name in others) else ""
+        return f"its weights are {', '.join(others[:3])}, and only safetensors are read{how}"
     try:
         if (config := folder / "config.json").exists() and "model_type" not in read_object(config):
             return f"its {config.name} names no model_type"
@@ -408,11 +411,11 @@ def why_no_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def other_weights(folder: Path) -> list[str]:
+def other_weights(folder: Path, names: str = WEIGHTS) -> list[str]:
     """The files of a folder that hold weights, or name them, in whatever format, a few folders deep."""
     found = [file for pattern in ("*", "*/*", "*/*/*") for file in folder.glob(pattern)]
-    names = [str(file.relative_to(folder)) for file in found if not file.is_dir()]
-    return sorted(name for name in names if re.search(WEIGHTS, name))
+    files = [str(file.relative_to(folder)) for file in found if not file.is_dir()]
+    return sorted(file for file in files if re.search(names, file))
 
 
 def step_of(folder: Path) -> int | None:

@@ -441,3 +441,34 @@ def test_help_names_every_key_with_its_meaning(place: Path, script: str) -> None
         assert words in done.stdout
     assert done.stdout.count("\nbatch_size: ") == 1
     assert ("method: ga, gd, idk, kl, npo, rmu, tnpo, wga, wtnpo" in done.stdout) == (script == "forget")
+
+
+CONVERT = "AutoModelForCausalLM.from_pretrained('given').save_pretrained(NEW)"
+OF_A_MODEL = {  # what may stand beside a config.json, and whether transformers could convert it
+    **dict.fromkeys(("pytorch_model.bin", "pytorch_model-00001-of-00002.bin"), True),
+    **dict.fromkeys(("model.onnx", "last.ckpt", "weights.pth", "model.distcp", "pytorch_model.bin.index.json"), False),
+    **dict.fromkeys(("pytorch_model.bin.bak", "pytorch_model.bin.1", ".model.safetensors.tmp", "model.safetensors.old"), False),
+    **dict.fromkeys(("tokenizer.json", "vocab.json", "tokenizer.model"), False),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_MODEL)
+def test_no_new_model_where_there_is_something_of_one(call: Callable[..., tuple[int, str]], place: Path, name: str) -> None:
+    """Not trained from scratch in silence, and told to be converted only where that is possible."""
+    folder = place / "given"
+    folder.mkdir()
+    (folder / "config.json").write_text((ROOT / "config/tiny/config.json").read_text())
+    (folder / name).write_text("of a model")
+    line = "finetune.py model_family=tiny hf_key=given save_dir=out"
+    code, err = call(line)
+    assert_one_line(line, code, err, ["hf_key=given", name])
+    assert (CONVERT in err) == OF_A_MODEL[name]
+    assert not (place / "out").exists()
+
+
+def test_a_config_alone_is_made_from_scratch(place: Path) -> None:
+    folder = place / "given"
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json", "README.md"):
+        (folder / name).write_text((ROOT / "config/tiny/config.json").read_text())
+    assert utils.load_family("tiny", hf_key=str(folder)).from_scratch
