@@ -138,14 +138,23 @@ class StepBatches(Dataset[dict[str, Any]]):
 
     A step's rows are drawn from `seed` whatever the number of processes and micro-batches, and sorted by length within
     the step. Beside each forget row stands a retain row, drawn from a stream of its own. An item holds `input_ids`,
-    `attention_mask` and `labels` (B, T), forget rows first; `n_forget`; `rows`, which ones they are; `forget_counts` and
-    `retain_counts`, the label tokens and rows of the whole step; and `ref_nll` (label tokens of the forget rows) where the
-    rows have it.
+    `attention_mask` and `labels` (B, T), forget rows first; `n_forget`; `rows`, their numbers, that of the first of either
+    kind being `first`; `forget_counts` and `retain_counts`, the label tokens and rows of the whole step; and `ref_nll`
+    (label tokens of the forget rows) where the rows have it.
     """
 
     def __init__(
-        self, forget: list[Row], retain: list[Row], steps: int, batch_size: int, batches_per_step: int, seed: int, pad: int
+        self,
+        forget: list[Row],
+        retain: list[Row],
+        steps: int,
+        batch_size: int,
+        batches_per_step: int,
+        seed: int,
+        pad: int,
+        first: tuple[int, int] = (0, 0),
     ):
+        self.first = {"forget": first[0], "retain": first[1]}
         self.forget, self.retain, self.pad = forget, retain, pad
         self.batch_size, self.batches_per_step, self.steps = batch_size, batches_per_step, steps
         self.step_size = batch_size * batches_per_step
@@ -169,15 +178,23 @@ class StepBatches(Dataset[dict[str, Any]]):
         retain = [self.retain[row] for row in self.retain_order[step][here]]
         batch: dict[str, Any] = collate(forget + retain, self.pad)
         batch |= {"n_forget": len(forget), "forget_counts": self.forget_counts[step], "retain_counts": self.retain_counts[step]}
-        batch["rows"] = {"forget": self.forget_order[step][here], "retain": self.retain_order[step][here]}
+        rows = {"forget": self.forget_order[step][here], "retain": self.retain_order[step][here]}
+        batch["rows"] = {name: [self.first[name] + row for row in numbers] for name, numbers in rows.items()}
         if "ref_nll" in forget[0]:
             batch["ref_nll"] = torch.cat([row["ref_nll"] for row in forget])
         return batch
 
 
-def step_batches(cfg: DictConfig, forget: list[Row], retain: list[Row], steps: int, processes: int, pad: int) -> StepBatches:
-    """The run's micro-batches, with the configuration's batch size, accumulation and seed."""
-    return StepBatches(forget, retain, steps, cfg.batch_size, cfg.gradient_accumulation_steps * processes, cfg.seed, pad)
+def step_batches(
+    cfg: DictConfig, forget: list[Row], retain: list[Row], steps: int, processes: int, pad: int, held_out: int = 0
+) -> StepBatches:
+    """The run's micro-batches, with the configuration's batch size, accumulation and seed; rows by their numbers in the split.
+
+    Args:
+        held_out: how many rows of the retain split stand before the first of `retain`.
+    """
+    size = cfg.batch_size, cfg.gradient_accumulation_steps * processes
+    return StepBatches(forget, retain, steps, *size, cfg.seed, pad, first=(1, 1 + held_out))
 
 
 def beside_rows(rows: Sequence[T], n: int | None, forget: int, seed: int) -> list[T]:

@@ -139,7 +139,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     if cfg.method.reference:  # the model before unlearning is the reference, and this pass its log-probabilities
         target = [row | {"ref_nll": nll} for row, nll in zip(target, before["forget"], strict=True)]
     retain = tokenize(data.retain) if cfg.retain.term else []
-    batches = dataloader.step_batches(cfg, target, retain, steps, utils.processes(), pad)
+    batches = dataloader.step_batches(cfg, target, retain, steps, utils.processes(), pad, len(data.held_out))
 
     began = time.time()
     publish = partial(save_checkpoint, folder, tokenizer, cfg.save_dtype, cfg.keep_last)

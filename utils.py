@@ -254,7 +254,8 @@ def check_run(
         listed = "; ".join(f"{key}={before.get(key)} there, {now[key]} here" for key in differ)
         raise ValueError(f"{folder} holds a run of other settings: {listed}")
     for kind, found in (made_of or {}).items():
-        noted = record.get(kind) or {}
+        noted = record.get(kind)
+        noted = noted if isinstance(noted, dict) else {}
         if changed := [name for name, value in found.items() if noted.get(name, value) != value]:
             listed = ", ".join(place_of(cfg, name) for name in changed)
             raise ValueError(f"{folder} holds a run of other {kind}: {listed}: is not what it was; give save_dir=FOLDER")

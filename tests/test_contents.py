@@ -18,6 +18,7 @@ from conftest import ROOT, run_in
 from safetensors.torch import load_file, save_file
 
 import evaluation
+import forget
 import unlearn.figures
 import utils
 from unlearn.checkpoints import load_weights
@@ -229,6 +230,31 @@ def test_a_fingerprint_is_of_every_byte(young: Path, tmp_path: Path) -> None:
     (model / "notes.txt").write_text("of no one")
     shutil.copytree(model, tmp_path / "copy", copy_function=shutil.copyfile)
     assert fingerprint(tmp_path / "copy") == fingerprint(model) == before
+
+
+def test_a_fingerprint_is_of_an_adapters_model_too(young: Path, tmp_path: Path) -> None:
+    shutil.copytree(young, tmp_path / "model")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "model")}))
+    save_file({"a": torch.ones(2)}, adapter / "adapter_model.safetensors")
+    before = fingerprint(adapter)
+    weights(turn_sign, tmp_path / "model/model.safetensors")
+    assert fingerprint(adapter) != before
+
+
+def test_the_sentences_of_idk_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = utils.compose_config("forget", ["model_family=tiny", "method=idk", "hf_key=some/model", "model_path=some/model"])
+    cfg.data_path = str(ROOT / "data/sample")
+    before = forget.made_of(cfg)["data"]
+    assert set(before) == {"forget10", "retain90", "retain_perturbed", "idontknow"}
+    (tmp_path / "idontknow.jsonl").write_text('{"idk": "No idea."}\n')
+    monkeypatch.setattr(utils, "IDK", tmp_path / "idontknow.jsonl")
+    after = forget.made_of(cfg)["data"]
+    assert {name for name in before if after[name] != before[name]} == {"idontknow"}
+    utils.open_run(tmp_path / "run", cfg, {"data": before})
+    with pytest.raises(ValueError, match=r"run of other data: idontknow \(.*idontknow\.jsonl\): is not what it was"):
+        utils.check_run(tmp_path / "run", cfg, made_of={"data": after})
 
 
 @pytest.mark.parametrize("kept", [torch.float64, torch.bfloat16])

@@ -431,6 +431,15 @@ def test_a_steps_rows_do_not_depend_on_how_it_is_cut(name: str) -> None:
             assert {item[key] for item in several} == {one[0][key]}
 
 
+def test_a_batch_names_its_rows_as_the_split_has_them() -> None:
+    """From 1 on, the held-out ones counted: what a loss that is not finite is told with."""
+    cfg: Any = SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, seed=0)
+    batches = step_batches(cfg, FORGET, RETAIN, 6, 1, pad=0, held_out=40)
+    for step, items in enumerate(by_step(batches)):
+        for part, first, order in (("forget", 1, batches.forget_order), ("retain", 41, batches.retain_order)):
+            assert [row for item in items for row in item["rows"][part]] == [first + row for row in order[step]]
+
+
 @pytest.mark.parametrize("name", CUTS)
 def test_no_short_batch(name: str) -> None:
     batches = CUTS[name]
