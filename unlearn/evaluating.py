@@ -9,9 +9,8 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unlearn.tokens import unwrap
@@ -20,7 +19,7 @@ from unlearn.tokens import unwrap
 @contextmanager
 def evaluating(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
     """The model as whatever measures it runs it: in eval mode, by its own forward pass, without flash-attn; and back."""
-    with in_eval_mode(model, checkpointing), _own_forward(unwrap(model)), _plain_kernels(unwrap(model)), _finite_masks(model):
+    with in_eval_mode(model, checkpointing), _own_forward(unwrap(model)), _plain_kernels(unwrap(model)):
         yield
 
 
@@ -98,26 +97,6 @@ def _plain_kernels(model: nn.Module) -> Iterator[None]:
     finally:
         for config, key, name in changed:
             setattr(config, key, {"": name})
-
-
-@contextmanager
-def _finite_masks(model: nn.Module) -> Iterator[None]:
-    """In float64 with masks that stay finite in the float32 of transformers' softmax: of a row that looks at padding alone
-    (under a sliding window) it would be nan, and 0 times that in the others."""
-    if not is_float64(model):
-        yield
-        return
-    make = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
-
-    def finite(*args: Any, **kwargs: Any) -> Tensor | None:
-        mask = make(*args, **kwargs)
-        return mask if mask is None else mask.clamp(min=torch.finfo(torch.float32).min)
-
-    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = finite
-    try:
-        yield
-    finally:
-        ALL_MASK_ATTENTION_FUNCTIONS["eager"] = make
 
 
 def is_float64(model: nn.Module) -> bool:
