@@ -21,7 +21,7 @@ import evaluation
 import forget
 import unlearn.figures
 import utils
-from unlearn.checkpoints import load_weights
+from unlearn.checkpoints import load_model, load_weights
 from unlearn.files import fingerprint, sampled
 
 SCRIPTS = {  # each started in a folder with `data` and `whole`, a model
@@ -278,3 +278,25 @@ def test_rows_are_told_by_what_is_read() -> None:
     others: list[list[dict[str, Any]]] = [[rows[1], rows[0]], rows[:1], [rows[0], rows[1] | {"answer": "She."}], []]
     assert utils.hash_rows(rows) == utils.hash_rows([row | {"id": 2} for row in rows])
     assert len({utils.hash_rows(given) for given in (rows, *others)}) == 5
+
+
+def test_an_adapter_is_merged_in_the_models_precision(young: Path, tmp_path: Path) -> None:
+    """W + (alpha / r) B A in float64, from float32 files, whether a model is loaded or given the weights."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    how = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(young), how).save_pretrained(tmp_path)
+    added = load_file(tmp_path / "adapter_model.safetensors")
+    expected: Any = AutoModelForCausalLM.from_pretrained(young, dtype=torch.float64)
+    given: Any = AutoModelForCausalLM.from_pretrained(young, dtype=torch.float64)
+    for name, weight in expected.named_parameters():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{layer}.lora_A.weight" in added:
+            a, b = (added[f"{layer}.lora_{letter}.weight"].double() for letter in "AB")
+            weight.data += 2 * b @ a
+    load_weights(given, str(tmp_path))
+    loaded = load_model(str(tmp_path), torch.device("cpu"), dtype=torch.float64)
+    for found in (given, loaded):
+        there = dict(found.named_parameters())
+        assert all((there[name] - weight).abs().max() < 1e-14 for name, weight in expected.named_parameters())
