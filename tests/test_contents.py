@@ -286,7 +286,7 @@ def test_an_adapter_is_merged_in_the_models_precision(young: Path, tmp_path: Pat
     from transformers import AutoModelForCausalLM
 
     how = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(young), how).save_pretrained(tmp_path)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(young), how).save_pretrained(str(tmp_path))
     added = load_file(tmp_path / "adapter_model.safetensors")
     expected: Any = AutoModelForCausalLM.from_pretrained(young, dtype=torch.float64)
     given: Any = AutoModelForCausalLM.from_pretrained(young, dtype=torch.float64)
