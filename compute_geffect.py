@@ -135,6 +135,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
         raise ValueError(f"save_dir is missing: {cfg.model_path_cur or cfg.model_path} is of no run; give save_dir=FOLDER")
     cfg.save_dir = str(run) if cfg.save_dir is None else cfg.save_dir
     settings.check_folder(Path(cfg.save_dir))
+    utils.check_trained_on(run, cfg)
     folder = Path(cfg.save_dir, "geffect")
     if (folder / "steps.csv").exists():
         if not (folder / "config.yaml").exists():

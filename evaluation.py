@@ -71,6 +71,7 @@ def prepare(cfg: DictConfig, config_name: str) -> utils.Family:
             cfg[key] = utils.find_path(cfg[key])
             settings.check_checkpoint(key, cfg[key])
             settings.check_architecture(key, cfg[key], family)
+    utils.check_trained_on(utils.run_of(cfg.model_path), cfg)
     for target in targets(cfg):
         settings.check_folder(target.folder)
         settings.check_architecture("model_path", target.path, family)

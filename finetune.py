@@ -37,6 +37,8 @@ def prepare(cfg: DictConfig) -> utils.Family:
     if cfg.save_dir is None:
         cfg.save_dir = str(utils.finetuned_folder(family, cfg))
     settings.check_folder(Path(cfg.save_dir))
+    if Path(cfg.save_dir).resolve() == Path(cfg.hf_key).resolve():
+        raise ValueError(f"save_dir={cfg.save_dir}: is hf_key's folder, and the model there would be written over")
     utils.check_run(Path(cfg.save_dir), cfg, made_of=made_of(cfg, family))
     if not family.from_scratch and Path(family.hf_key).is_dir():
         settings.check_disk(cfg, {Path(cfg.save_dir)}, count_parameters(Path(family.hf_key)))

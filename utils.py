@@ -261,6 +261,17 @@ def check_run(
             raise ValueError(f"{folder} holds a run of other {kind}: {listed}: is not what it was; give save_dir=FOLDER")
 
 
+def check_trained_on(run: Path | None, cfg: DictConfig) -> None:
+    """Raises ValueError where the files that a run was trained on are other ones now, where results go into its folder."""
+    if run is None or cfg.save_dir not in (None, str(run)):
+        return
+    saved, noted = saved_settings(run), read_record(run / "config.yaml").get("data") or {}
+    if all(saved.get(key) == cfg[key] for key in ("split", "data_path", "forget_data", "retain_data")):
+        now = hash_data(cfg, (cfg.split, RETAIN_OF[cfg.split]))
+        if changed := [place_of(cfg, name) for name, value in now.items() if noted.get(name, value) != value]:
+            raise ValueError(f"{run} was trained on other data: {', '.join(changed)}: is not what it was; give save_dir=FOLDER")
+
+
 def open_run(folder: Path, cfg: DictConfig, made_of: MadeOf | None = None) -> None:
     """Make the run's folder with its config.yaml: all settings, their hash, what it is made of, and versions."""
     if is_main_process() and not (folder / "config.yaml").exists():

@@ -185,6 +185,17 @@ def test_tables_of_a_changed_checkpoint_are_refused(start: Start) -> None:
     assert "run/geffect has the G-effects of other weights at step 1; remove it, or give save_dir=FOLDER" in err
 
 
+@pytest.mark.parametrize("script", ["compute_geffect", "tofu_evaluation", "evaluation_everything"])
+def test_first_results_of_a_run_on_other_data_are_refused(script: str, start: Start) -> None:
+    """Data that have changed since the run was trained on them, before anything was measured."""
+    for folder in (Path("run/geffect"), Path("run/checkpoint-1/eval_results")):
+        shutil.rmtree(folder)
+    keeping_time(Path("data/forget05.json"), lambda text: text.replace(b" was ", b" is  ", 1))
+    code, err = start(script)
+    assert code == 2, err
+    assert err == "run was trained on other data: forget05 (data/forget05.json): is not what it was; give save_dir=FOLDER"
+
+
 @pytest.mark.parametrize("earlier", [False, True])
 def test_the_same_elsewhere_is_the_same(earlier: bool, start: Start) -> None:
     """Copied, written as one array, with other texts that nobody reads; `earlier`: as an earlier version noted it all."""

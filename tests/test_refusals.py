@@ -175,6 +175,23 @@ def test_scores_name_a_pair(young: Path) -> None:
         score_rows(model, tokenizer, [("Where? ", "Riga"), ("Where? ", "<last>")])
 
 
+def test_an_adapter_that_names_itself(young: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    (tmp_path / "adapter_model.safetensors").write_bytes((young / "model.safetensors").read_bytes())
+    done = run_in(ROOT, f"python forget.py model_family=tiny model_path={tmp_path} save_dir={tmp_path}/run", check=False)
+    assert done.returncode == 2
+    assert "names its own folder as the base model" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_model_is_not_put_where_it_came_from(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "config/tiny", tmp_path / "own")
+    line = f"python finetune.py model_family=tiny hf_key={tmp_path}/own save_dir={tmp_path}/own"
+    done = run_in(ROOT, line, check=False)
+    assert done.returncode == 2
+    assert f"save_dir={tmp_path}/own: is hf_key's folder, and the model there would be written over" in done.stderr
+
+
 def test_a_row_of_a_split_is_named_by_it(young: Path, tmp_path: Path) -> None:
     """In an evaluation that asks many sets at once, too."""
     done = run_in(

@@ -284,6 +284,7 @@ GREEDY: dict[str, dict[str, Any]] = {
     | {"mamba_n_groups": 1, "attn_layer_indices": [1]},  # a state, and keys and values
     "rwkv": {"attention_hidden_size": 16},  # takes no mask
     "openai-gpt": {"n_embd": 16, "n_layer": 2, "n_head": 4},  # keeps nothing
+    "xlstm": {"num_blocks": 2, "hidden_size": 32, "embedding_dim": 32, "num_heads": 2},  # fails with the states that it keeps
 }
 
 
@@ -319,6 +320,11 @@ def test_a_row_without_a_label_is_named(how: Pass) -> None:
     for ask in (teacher_force, token_nlls, ps_similar):
         with pytest.raises(ValueError, match=rf"^.*: row 3 of {len(rows)} has no label token: no answer, and no end of one$"):
             ask(how, rows)
+    rows[2] = {"input_ids": rows[2]["input_ids"], "labels": rows[2]["input_ids"]}
+    with pytest.raises(
+        ValueError, match=rf"row 3 of {len(rows)}: its first token has a label, and nothing before it to tell it$"
+    ):
+        teacher_force(how, rows)
     last = torch.full((4,), -100)
     last[-1] = 2
     [one] = teacher_force(how, [{"input_ids": torch.tensor([3, 4, 5, 2]), "labels": last}])

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from unlearn.adapters import has_virtual_tokens
-from unlearn.forcing import Forced, Pass, attends_alone, over_batches, prompt_length
+from unlearn.forcing import Forced, Pass, attends_alone, has_cache, over_batches, prompt_length
 from unlearn.rows import Row
 from unlearn.tokens import head_at, unwrap
 
@@ -145,12 +145,13 @@ def _decode_as_one(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int],
     positioned = "position_ids" in inspect.signature(model.forward).parameters
     found: list[list[int]] = [[] for _ in prefixes]
     cache: dict[str, Any] = {}
+    cached = has_cache(model)
     while not all(len(row) >= n or stops & set(row) for row, n in zip(found, limits, strict=True)):
         last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
         width = len(prefixes[0]) + len(found[0])
         where = {"position_ids": torch.arange(width, device=ids.device)[-ids.shape[1] :].expand_as(ids)} if positioned else {}
         with head_at(model, last, ids.shape[1]):
-            out = model(input_ids=ids, use_cache=True, **where, **cache)
+            out = model(input_ids=ids, use_cache=cached, **where, **cache)
         tokens = out.logits.squeeze(0).argmax(-1)  # (rows,)
         for row, token in zip(found, tokens.tolist(), strict=True):
             row.append(token)

@@ -122,9 +122,12 @@ def base_of(folder: str | Path) -> str | None:
     if not file.exists() or Path(folder, "config.json").exists():  # a whole model may have one embedded
         return None
     try:
-        return str(json.loads(file.read_text())["base_model_name_or_path"])
+        base = str(json.loads(file.read_text())["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: names no base model ({error!r})") from error
+    if Path(base).resolve() == Path(folder).resolve():
+        raise ValueError(f"{file}: names its own folder as the base model")
+    return base
 
 
 def lacks_tokenizer(path: str) -> bool:

@@ -97,7 +97,7 @@ def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: s
     """One `Forced` a row, float32 or wider on the CPU; `moments`: with mean and variance.
 
     Raises:
-        ValueError: a row has no label token.
+        ValueError: a row has no label token, or its first token has a label.
     """
     check_labels(rows, what)
     distinct: dict[tuple[Prompt, Prompt], Row] = {}
@@ -114,8 +114,12 @@ def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: s
 
 
 def check_labels(rows: Sequence[Row], what: str) -> None:
-    """Raises ValueError where a row has no label token."""
+    """Raises ValueError where a row has no label token, or has its first token for one."""
     for number, row in enumerate(rows, start=1):
+        if row["labels"][0] != IGNORE:
+            raise ValueError(
+                f"{what}: row {number} of {len(rows)}: its first token has a label, and nothing before it to tell it"
+            )
         if (row["labels"] == IGNORE).all():
             raise ValueError(f"{what}: row {number} of {len(rows)} has no label token: no answer, and no end of one")
 
@@ -167,17 +171,27 @@ def over_batches(
 
 def shares_prompts(model: PreTrainedModel) -> bool:
     """Whether the model's cache is keys and values of every position: then any number of answers can go on from one prompt."""
-    return all(kind is DynamicLayer for kind in _cache_kinds(model))
+    kinds = _cache_kinds(model)
+    return bool(kinds) and all(kind is DynamicLayer for kind in kinds)
 
 
 def attends_alone(model: PreTrainedModel) -> bool:
     """Whether the model keeps nothing but keys and values, be it of a window: then a mask hides padding from all of it."""
-    return all(kind in (DynamicLayer, DynamicSlidingWindowLayer) for kind in _cache_kinds(model))
+    kinds = _cache_kinds(model)
+    return bool(kinds) and all(kind in (DynamicLayer, DynamicSlidingWindowLayer) for kind in kinds)
+
+
+def has_cache(model: PreTrainedModel) -> bool:
+    """Whether the model runs with a cache: xLSTM's does not fit its own states."""
+    return _cache_kinds(model) != []
 
 
 def _cache_kinds(model: PreTrainedModel) -> list[type]:
-    """The classes of the layers of the model's cache; of one that is not made of such layers, its own."""
-    out = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
+    """The classes of the layers of the model's cache; of one that is not made of such layers, its own; of a broken one none."""
+    try:
+        out = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
+    except Exception:
+        return []
     cache = out.get("past_key_values")
     own = type(cache) is DynamicCache and not has_virtual_tokens(model)
     return [type(layer) for layer in cache.layers] if own else [type(cache)]
