@@ -24,8 +24,8 @@ from forget import build_loss, made_of, original_of, reference_of
 if TYPE_CHECKING:
     import pandas as pd
 
-    from unlearn.meter import Meter
-    from unlearn.tables import TableFolder
+    from unlearn.geffect.meter import Meter
+    from unlearn.geffect.tables import TableFolder
 
 # What is not given is as the checkpoint's run has it.
 INHERITED = (
@@ -157,8 +157,8 @@ def run(cfg: DictConfig) -> None:
 
 
 def measure(cfg: DictConfig, family: utils.Family) -> None:
-    from unlearn.figures import draw
-    from unlearn.tables import TableFolder, predictions
+    from unlearn.geffect.tables import TableFolder, predictions
+    from unlearn.reporting.figures import draw
 
     folder = Path(cfg.save_dir, "geffect")
     utils.device()  # starts the process group
@@ -202,8 +202,8 @@ def measure_steps(
     cfg: DictConfig, family: utils.Family, store: TableFolder, steps: Steps, following: Steps, todo: list[int]
 ) -> None:
     """Measure the steps that are to do, each with the update to the next, and print all."""
-    from unlearn.checkpoints import load_weights
-    from unlearn.geffect import with_update
+    from unlearn.geffect.call import with_update
+    from unlearn.models.checkpoints import load_weights
 
     meter = build_meter(cfg, family)
     loaded = cfg.model_path
@@ -227,12 +227,13 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
     import torch
 
     import dataloader
-    from unlearn.adapters import LoRA, add_lora
-    from unlearn.checkpoints import load, pad_id
-    from unlearn.forcing import Pass, token_nlls
-    from unlearn.meter import RISKS, Meter, Target, Wanted
-    from unlearn.sharding import shard
-    from unlearn.training import enable_gradient_checkpointing
+    from unlearn.geffect.meter import RISKS, Meter
+    from unlearn.geffect.target import Target, Wanted
+    from unlearn.models.adapters import LoRA, add_lora
+    from unlearn.models.checkpoints import load, pad_id
+    from unlearn.models.evaluating import enable_gradient_checkpointing
+    from unlearn.models.sharding import shard
+    from unlearn.passes.forcing import Pass, token_nlls
 
     data, training = dataloader.unlearning_data(cfg), dataloader.unlearning_data(trained_on(cfg))
     if len(data.held_out) > len(training.held_out):

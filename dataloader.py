@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from unlearn.forcing import check_fit
-from unlearn.rows import Row, collate, counts, tokenize_pairs
+from unlearn.objectives.rows import Row, collate, counts, tokenize_pairs
+from unlearn.passes.forcing import check_fit
 from utils import IDK, RETAIN_OF, Family, default_holdout, read_jsonl
 
 if TYPE_CHECKING:

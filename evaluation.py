@@ -14,14 +14,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import settings
 import utils
-from unlearn.files import TOKENIZER, fingerprint, lacks_tokenizer, remove_whole, write_whole
+from unlearn.io.files import TOKENIZER, fingerprint, lacks_tokenizer, remove_whole, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from unlearn.forcing import Pass
-    from unlearn.rows import Row
+    from unlearn.objectives.rows import Row
+    from unlearn.passes.forcing import Pass
 
 # What is not given is as the checkpoint's run has it.
 INHERITED = (
@@ -153,7 +153,7 @@ class Models:
             if self.keep:
                 self.of(path)
         elif path != self.now:
-            from unlearn.control import put
+            from unlearn.scores.control import put
 
             put(self.how.model, self.of(path))
             self.now = path
@@ -168,8 +168,8 @@ class Models:
 
     def of(self, path: str) -> dict[str, Tensor]:
         """The weights at `path`, kept where `keep` says so."""
-        from unlearn.checkpoints import read_weights
-        from unlearn.control import kept
+        from unlearn.models.checkpoints import read_weights
+        from unlearn.scores.control import kept
 
         how = self.at(path) if self.how is None else self.how
         if path in self.weights:
@@ -189,9 +189,10 @@ class Models:
     def _load(self, path: str) -> Pass:
         import torch
 
-        from unlearn.checkpoints import lacks_tokenizer, load, pad_id
-        from unlearn.forcing import Pass
-        from unlearn.sharding import shard
+        from unlearn.io.files import lacks_tokenizer
+        from unlearn.models.checkpoints import load, pad_id
+        from unlearn.models.sharding import shard
+        from unlearn.passes.forcing import Pass
 
         float64 = self.cfg.dtype == "float64"
         bf16 = not float64 and utils.use_bfloat16(self.cfg.dtype, self.family)
@@ -206,7 +207,7 @@ class Models:
     def tokenize(self, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         """Question-answer rows to tokens, no more than the model has positions for."""
         import dataloader
-        from unlearn.decoding import positions_of
+        from unlearn.passes.decoding import positions_of
 
         assert self.how is not None
         positions = positions_of(self.how.model) or self.cfg.max_length
@@ -313,7 +314,7 @@ def write_scores(target: Target, sections: dict[str, Any]) -> None:
 def add_row(target: Target, values: dict[str, Any]) -> None:
     """Add the scores to the table that they go to, a row a step."""
     if target.table is not None and target.step is not None:
-        from unlearn.results import add_row
+        from unlearn.scores.callback import add_row
 
         add_row(target.table / "scores.csv", target.step, values)
 
@@ -322,7 +323,7 @@ def draw_run(found: list[Target]) -> None:
     """Draw the trajectories of the run that the checkpoints are of, where their table is."""
     table = found[-1].table
     if table is not None and utils.is_main_process():
-        from unlearn.score_figures import draw_scores
+        from unlearn.reporting.score_figures import draw_scores
 
         draw_scores(table)
 

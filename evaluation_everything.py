@@ -23,7 +23,7 @@ import settings
 import utils
 
 if TYPE_CHECKING:
-    from unlearn.forcing import Forced
+    from unlearn.passes.forcing import Forced
 
 MAY_DIFFER = {"retain_path", "ps_p", "similar", "control"}
 Rows = list[dict[str, Any]]  # of questions, or of what was measured
@@ -145,7 +145,7 @@ def evaluate(
         for data in ("forget", "holdout"):
             for row, other in zip(measured["unlearned"][data], retain[data], strict=True):
                 row["reference"] = row["loss"] - other["loss"]
-    from unlearn.extraction import mean_of
+    from unlearn.scores.extraction import mean_of
 
     bar = cfg.ps_p * mean_of(measured["original"]["retain"], "ps_exact")
     control = search_control(cfg, target, models, rows, progress, bar) if cfg.control else None
@@ -159,9 +159,9 @@ def evaluate(
 
 def measure(cfg: DictConfig, models: evaluation.Models, rows: dict[str, Rows], path: str, privacy: bool) -> dict[str, Rows]:
     """Each row's scores under teacher forcing, all from one pass; `privacy`: with the membership scores."""
-    from unlearn import scores
-    from unlearn.extraction import knowledge, membership
-    from unlearn.forcing import teacher_force
+    from unlearn.passes.forcing import teacher_force
+    from unlearn.scores import definitions as scores
+    from unlearn.scores.extraction import knowledge, membership
 
     how = models.at(path)
     asked = {name: given for name, given in rows.items() if privacy or name != "holdout"}
@@ -187,7 +187,7 @@ def measure(cfg: DictConfig, models: evaluation.Models, rows: dict[str, Rows], p
 
 
 def measure_similar(models: evaluation.Models, rows: dict[str, Rows], path: str, data: str) -> list[float]:
-    from unlearn.extraction import ps_similar
+    from unlearn.scores.extraction import ps_similar
 
     how = models.at(path)
     return ps_similar(how, models.tokenize(rows[data]), what=f"similar, {Path(path).name}")
@@ -202,9 +202,9 @@ def search_control(
     bar: float,
 ) -> dict[str, Any]:
     """The largest weight of the unlearned model whose retain PS reaches the bar, and the curve."""
-    from unlearn.control import mix, search
-    from unlearn.forcing import teacher_force
-    from unlearn.scores import mean, ps_exact
+    from unlearn.passes.forcing import teacher_force
+    from unlearn.scores.control import mix, search
+    from unlearn.scores.definitions import mean, ps_exact
 
     def at(weight: float) -> list[float]:
         original, unlearned = models.of(cfg.original_path), models.of(target.path)
@@ -233,7 +233,7 @@ def totals(
     cfg: DictConfig, measured: dict[str, dict[str, Rows]], retain: dict[str, Rows] | None, bar: float, control: Any
 ) -> dict[str, Any]:
     """The sections of scores.json."""
-    from unlearn.extraction import mean_of
+    from unlearn.scores.extraction import mean_of
 
     means = {
         model: {
@@ -256,8 +256,8 @@ def totals(
 
 def privacy(cfg: DictConfig, measured: dict[str, dict[str, Rows]], retain: dict[str, Rows] | None) -> Any:
     """AUCs and privleak, or why there are none."""
-    from unlearn.extraction import aucs
-    from unlearn.scores import privleak
+    from unlearn.scores.definitions import privleak
+    from unlearn.scores.extraction import aucs
 
     if (why := no_holdout(cfg)) is not None:
         return f"not available: {why}"
@@ -302,7 +302,7 @@ def write(
     ]
     write_table(target.folder / "ps.csv", means)
     if no_holdout(cfg) is None:
-        from unlearn.extraction import ATTACKS
+        from unlearn.scores.extraction import ATTACKS
 
         privacy_lines = [
             {"data": data, "row": i} | pick(row, *ATTACKS)
@@ -311,7 +311,7 @@ def write(
         ]
         write_table(target.folder / "privacy_rows.csv", privacy_lines)
     if control is not None:
-        from unlearn.score_figures import draw_control
+        from unlearn.reporting.score_figures import draw_control
 
         write_table(target.folder / "control.csv", control["curve"])
         draw_control(target.folder, found["bar"], control["weight"])
@@ -327,7 +327,7 @@ def write(
 
 def columns(cfg: DictConfig, found: dict[str, Any]) -> dict[str, Any]:
     """The scores as columns of the run's table."""
-    from unlearn.extraction import ATTACKS
+    from unlearn.scores.extraction import ATTACKS
 
     control, privacy = (found[name] if isinstance(found[name], dict) else {} for name in ("control", "privacy"))
     aucs = privacy.get("auc", {})

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 import planning
 import settings
 import utils
-from unlearn.files import count_parameters
+from unlearn.io.files import count_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,12 +70,12 @@ def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
     import torch
 
     import dataloader
-    from unlearn.adapters import LoRA, add_lora, bare, merged_state
-    from unlearn.checkpoints import base_on_disk, load, new_model, pad_id, save_adapter, save_into
-    from unlearn.loss import Loss
-    from unlearn.objectives import mean_nll
-    from unlearn.sharding import shard
-    from unlearn.training import train
+    from unlearn.models.adapters import LoRA, add_lora, bare, merged_state
+    from unlearn.models.checkpoints import base_on_disk, load, new_model, pad_id, save_adapter, save_into
+    from unlearn.models.sharding import shard
+    from unlearn.objectives.functions import mean_nll
+    from unlearn.objectives.loss import Loss
+    from unlearn.training.trainer import train
 
     rows = dataloader.finetune_rows(cfg)
     steps, per_epoch = utils.count_steps(cfg, len(rows))

@@ -20,13 +20,13 @@ import evaluation
 import planning
 import settings
 import utils
-from unlearn.files import count_parameters, hash_file, written_beside
+from unlearn.io.files import count_parameters, hash_file, written_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, TrainerCallback
 
-    from unlearn.loss import Loss
+    from unlearn.objectives.loss import Loss
 
 
 def prepare(cfg: DictConfig) -> utils.Family:
@@ -103,17 +103,18 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
         utils.close_run(folder)
         return utils.say(f"{folder} is done already: {steps} steps" + not_there(cfg, steps))
 
-    from unlearn.adapters import LoRA, add_lora
-    from unlearn.checkpoints import base_on_disk, load, pad_id, save_checkpoint
-    from unlearn.figures import draw
-    from unlearn.forcing import Pass, token_mean, token_nlls
-    from unlearn.geffect import GEffectCallback
-    from unlearn.meter import Meter, Target, Wanted
-    from unlearn.results import ScoreCallback
-    from unlearn.risks import trainable
-    from unlearn.score_figures import draw_scores
-    from unlearn.sharding import shard
-    from unlearn.training import train
+    from unlearn.geffect.call import GEffectCallback
+    from unlearn.geffect.meter import Meter
+    from unlearn.geffect.risks import trainable
+    from unlearn.geffect.target import Target, Wanted
+    from unlearn.models.adapters import LoRA, add_lora
+    from unlearn.models.checkpoints import base_on_disk, load, pad_id, save_checkpoint
+    from unlearn.models.sharding import shard
+    from unlearn.passes.forcing import Pass, token_mean, token_nlls
+    from unlearn.reporting.figures import draw
+    from unlearn.reporting.score_figures import draw_scores
+    from unlearn.scores.callback import ScoreCallback
+    from unlearn.training.trainer import train
 
     bf16 = utils.use_bfloat16(cfg.dtype, family)
     kind, flash = getattr(torch, cfg.weights), family.flash_attention2 and bf16
@@ -189,7 +190,7 @@ def not_there(cfg: DictConfig, steps: int) -> str:
 
 def reference_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model as it is before unlearning, for later: a frozen copy, or itself where it has adapters to switch off."""
-    from unlearn.adapters import has_adapters
+    from unlearn.models.adapters import has_adapters
 
     return model if has_adapters(model) else copy.deepcopy(model).requires_grad_(False).eval()
 
@@ -202,7 +203,7 @@ def build_loss(cfg: DictConfig, model: PreTrainedModel, reference: PreTrainedMod
     """
     import torch
 
-    from unlearn.loss import Loss
+    from unlearn.objectives.loss import Loss
 
     layer = cfg.method.get("layer")
     noise = None

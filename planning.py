@@ -11,7 +11,7 @@ import settings
 import utils
 
 if TYPE_CHECKING:
-    from unlearn.plan import Work
+    from unlearn.models.plan import Work
 
 CHARACTERS = 4.6  # of English, to a token
 LABELS = 0.63  # of a row of TOFU's tokens
@@ -21,7 +21,7 @@ PROMPT = 20  # characters of a family's tags
 
 def tell(cfg: DictConfig, config_name: str) -> None:
     """Print the plan of what the configuration would run: memory a process by what it is for, and disk."""
-    from unlearn import plan
+    from unlearn.models import plan
 
     shards = cfg.plan
     family = settings.prepare(cfg, config_name)
@@ -65,7 +65,7 @@ def model_config(cfg: DictConfig, family: utils.Family) -> Any:
 
 def work_of(cfg: DictConfig, config_name: str, family: utils.Family, shards: int) -> Work:
     """How the configuration has the work done, on as many processes."""
-    from unlearn.plan import FULL, HALF, Work
+    from unlearn.models.plan import FULL, HALF, Work
 
     weight = HALF if cfg.get("weights") == "bfloat16" else FULL
     gpu = has_gpu(cfg)

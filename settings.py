@@ -25,8 +25,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from unlearn.files import base_of
-from unlearn.signals import Stopped, stop_at_once
+from unlearn.io.files import base_of
+from unlearn.io.signals import Stopped, stop_at_once
 from utils import (
     ALL_TEXTS,
     CONFIG,
@@ -130,7 +130,7 @@ def noted(cfg: DictConfig) -> Iterator[list[str]]:
     if job.mode != RunMode.MULTIRUN or int(os.environ.get("RANK", 0)) != 0:
         yield failed
         return
-    from unlearn.files import write_whole
+    from unlearn.io.files import write_whole
 
     def note(status: str) -> None:
         record = {
@@ -150,7 +150,7 @@ def close_sweep(sweep: Path) -> bool:
     """Summarise the sweep, and say which of its jobs failed; returns whether any did."""
     if int(os.environ.get("RANK", 0)) != 0 or not (sweep / "jobs").is_dir():
         return False
-    from unlearn.sweeps import summarise, told
+    from unlearn.reporting.sweeps import summarise, told
 
     table = summarise(sweep)
     failures = told(table)

@@ -61,7 +61,7 @@ def read_log(key: str, path: str) -> dict[str, Any]:
         log = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{key}={path}: not JSON ({error})") from error
-    from unlearn.tofu import check_log
+    from unlearn.scores.tofu import check_log
 
     check_log(log, f"{key}={path}")
     return dict(log)
@@ -126,8 +126,8 @@ def measure_set(
     answers: bool = True,
 ) -> dict[str, Any]:
     """One set's part of a model's log."""
-    from unlearn.asking import measure_task
-    from unlearn.tofu import REAL
+    from unlearn.scores.asking import measure_task
+    from unlearn.scores.tofu import REAL
 
     how = models.at(path)
     return measure_task(
@@ -171,7 +171,7 @@ def evaluate(
     sets: dict[str, list[dict[str, Any]]],
     measure: Callable[..., dict[str, Any]],
 ) -> None:
-    from unlearn import tofu
+    from unlearn.scores import tofu
 
     data = {splits(cfg)[name]: utils.hash_rows(rows, utils.ALL_TEXTS) for name, rows in sets.items()}
     progress = evaluation.Progress(cfg, target, "tofu_evaluation", MAY_DIFFER, [target.path], data)
@@ -198,7 +198,7 @@ def evaluate(
 def quality(cfg: DictConfig, found: dict[str, Any], log: dict[str, Any], retain: dict[str, Any] | None) -> Any:
     """Forget Quality against the retain model's log, or why there is none, and what would give it."""
     if retain is not None:
-        from unlearn import tofu
+        from unlearn.scores import tofu
 
         return tofu.forget_quality(log, retain, cfg.truth_ratio, cfg.epsilon)
     if "truth_ratio" not in found["forget"]:
@@ -210,7 +210,7 @@ def quality(cfg: DictConfig, found: dict[str, Any], log: dict[str, Any], retain:
 
 
 def write(cfg: DictConfig, target: evaluation.Target, progress: evaluation.Progress, found: dict[str, Any]) -> None:
-    from unlearn.tofu import TASKS
+    from unlearn.scores.tofu import TASKS
 
     method = cfg.method_name or (target.run.name if target.run else Path(target.path).name)
     write_statistics(target.folder / "aggregate_stat.csv", found, method, cfg.submitted_by)
@@ -225,7 +225,7 @@ def write(cfg: DictConfig, target: evaluation.Target, progress: evaluation.Progr
 
 def write_statistics(file: Path, found: dict[str, Any], method: str, submitted_by: str | None) -> None:
     """One line in TOFU's aggregate_stat.csv format."""
-    from unlearn.tofu import columns
+    from unlearn.scores.tofu import columns
 
     quality = found["forget_quality"]
     quality = quality["p"] if isinstance(quality, dict) else "not available"
@@ -248,7 +248,7 @@ def definitions(cfg: DictConfig) -> dict[str, Any]:
 
 def report(found: dict[str, Any], rouge_tokenizer: str | None = None) -> None:
     """The scores as a small table on standard error."""
-    from unlearn.tofu import KINDS, TASKS
+    from unlearn.scores.tofu import KINDS, TASKS
 
     remedy = " (rouge_tokenizer=unicode counts words of any script)" if rouge_tokenizer == "ascii" else ""
     for name, (_, title) in TASKS.items():
@@ -285,7 +285,7 @@ def aggregate_logs(cfg: DictConfig) -> None:
         raise ValueError(f"save_file={cfg.save_file}: the details beside it, {details}, would take the place of a log")
     log = read_log("ckpt_result", cfg.ckpt_result)
     other = read_log("retain_result", cfg.retain_result) if cfg.retain_result else None
-    from unlearn import tofu
+    from unlearn.scores import tofu
 
     found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon) | {"rouge_rows": tofu.without_words(log)}
     found["forget_quality"] = quality(cfg, found, log, other)

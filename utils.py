@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from unlearn.files import (
+from unlearn.io.files import (
     TOKENIZER,
     base_of,
     count_parameters,
@@ -38,12 +38,12 @@ from unlearn.files import (
     remove_whole,
     write_whole,
 )
-from unlearn.signals import PATIENCE
+from unlearn.io.signals import PATIENCE
 
 if TYPE_CHECKING:
     import torch
 
-    from unlearn.training import Settings
+    from unlearn.training.trainer import Settings
 
 ROOT = Path(__file__).resolve().parent
 CONFIG = ROOT / "config"
@@ -549,7 +549,7 @@ def use_bfloat16(dtype: str, family: Family) -> bool:
 
 def training_settings(cfg: DictConfig, family: Family, steps: int, steps_per_epoch: int) -> Settings:
     """How to train: warm-up over the first epoch; saved once an epoch unless `save_steps` is given."""
-    from unlearn.training import Settings
+    from unlearn.training.trainer import Settings
 
     return Settings(
         steps=steps,

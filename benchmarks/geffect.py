@@ -5,7 +5,7 @@
 The objective is wga with alpha = 1, without a retain term; V are the gradients of the two risks. In turn, each round:
 
     a         this engine, layers x instances, without norms;
-    a_norms   the same with norms (the default of `unlearn.meter`);
+    a_norms   the same with norms (the default of `unlearn.geffect.meter`);
     b         this engine's sweep: V, then 5 objectives at 4 hyper-parameters each from one forward-mode pass, totals only;
     c         the plain way, totals only: a forward and backward pass for each of V_u, V_r and grad L, and a dot per tensor;
     d         the plain way by instance: V, then a backward pass and a dot per tensor for each row to forget;
@@ -75,17 +75,19 @@ from tqdm import tqdm
 
 import dataloader
 import utils
-from unlearn.checkpoints import load, pad_id
-from unlearn.files import write_whole
-from unlearn.forcing import Pass, token_nlls
-from unlearn.loss import Loss
-from unlearn.meter import RISKS, Meter, Target, Wanted
-from unlearn.objectives import Objective, mean_nll, npo, tnpo, wga, wtnpo
-from unlearn.risks import on, set_batches
-from unlearn.rows import Row, counts
-from unlearn.tap import find_sites
-from unlearn.tokens import IGNORE, Counts, Tokens, token_outputs
-from unlearn.training import peak_memory
+from unlearn.geffect.meter import Meter
+from unlearn.geffect.parts import RISKS
+from unlearn.geffect.sites import find_sites
+from unlearn.geffect.target import Target, Wanted
+from unlearn.io.files import write_whole
+from unlearn.models.checkpoints import load, pad_id
+from unlearn.objectives.functions import Objective, mean_nll, npo, tnpo, wga, wtnpo
+from unlearn.objectives.loss import Loss
+from unlearn.objectives.rows import Row, counts
+from unlearn.objectives.tokens import IGNORE, Counts, Tokens, token_outputs
+from unlearn.passes.batches import on, set_batches
+from unlearn.passes.forcing import Pass, token_nlls
+from unlearn.training.logs import peak_memory
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import dataloader
 import settings
 import utils
-from unlearn.tokens import IGNORE
+from unlearn.objectives.tokens import IGNORE
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

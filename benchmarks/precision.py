@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import compute_geffect
 import settings
 import utils
-from unlearn.checkpoints import load_weights
-from unlearn.meter import Meter, Wanted
-from unlearn.tables import Tables
+from unlearn.geffect.meter import Meter
+from unlearn.geffect.tables import Tables
+from unlearn.geffect.target import Wanted
+from unlearn.models.checkpoints import load_weights
 
 WAYS = {
     "float32": ["dtype=float32"],

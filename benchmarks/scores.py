@@ -8,7 +8,7 @@ retain_perturbed, half and half. In turn, each round:
     one_pass   PS exact by this code: one teacher-forced pass, no decoding;
     bisection  PS exact as published: a search for the shortest prefix of the answer that suffices; in each of its log2(T)
                rounds `generate` continues the rows that are still open, --batch at a time, 200 new tokens at most;
-    ours       TOFU's scores by this code, `unlearn.asking.measure_task`: losses in passes that share prompts, then greedy
+    ours       TOFU's scores by this code, `scores.asking.measure_task`: losses in passes that share prompts, then greedy
                answers from where they leave the true ones, sorted and cached;
     padded     the same scores the plain way, every text and every prompt padded to 200 tokens;
     longest    the plain way, padded to the longest of each batch.
@@ -72,14 +72,15 @@ from transformers import GenerationConfig
 import dataloader
 import settings
 import utils
-from unlearn import asking, scores
-from unlearn.checkpoints import load, pad_id
-from unlearn.decoding import MAX_LENGTH, greedy_answers, stop_tokens
-from unlearn.files import write_whole
-from unlearn.forcing import Pass, prompt_length, teacher_force
-from unlearn.rows import Row, counts
-from unlearn.tokens import IGNORE
-from unlearn.training import peak_memory
+from unlearn.io.files import write_whole
+from unlearn.models.checkpoints import load, pad_id
+from unlearn.objectives.rows import Row, counts
+from unlearn.objectives.tokens import IGNORE
+from unlearn.passes.decoding import MAX_LENGTH, greedy_answers, stop_tokens
+from unlearn.passes.forcing import Pass, prompt_length, teacher_force
+from unlearn.scores import asking
+from unlearn.scores import definitions as scores
+from unlearn.training.logs import peak_memory
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -4,7 +4,7 @@
 
 For each of --methods (ga, npo), the tokens of real text (prompt and answer, no padding) that are trained a second by
 
-    a  this code: `unlearn.training.train` on the batches and the loss that forget.py makes;
+    a  this code: `unlearn.training.trainer.train` on the batches and the loss that forget.py makes;
     b  a plain loop that pads every row to 500 tokens, holds a second model for the reference (npo), forms all logits;
     c  the same loop, padded only to the micro-batch's longest row.
 
@@ -71,9 +71,10 @@ from transformers import trainer as transformers_trainer
 import dataloader
 import forget
 import utils
-from unlearn.checkpoints import load, pad_id
-from unlearn.forcing import Pass, token_nlls
-from unlearn.training import peak_memory, train
+from unlearn.models.checkpoints import load, pad_id
+from unlearn.passes.forcing import Pass, token_nlls
+from unlearn.training.logs import peak_memory
+from unlearn.training.trainer import train
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

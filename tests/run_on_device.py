@@ -15,6 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+from unlearn.geffect import sites
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -24,9 +26,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import utils
 from dataloader import StepBatches
-from unlearn import checkpoints, decoding, forcing, meter, objectives, risks, tangents, tap, tokens, training
-from unlearn.loss import Loss
-from unlearn.meter import Meter, Target, Wanted
+from unlearn.geffect import meter, risks, tangents, tap
+from unlearn.geffect.meter import Meter
+from unlearn.geffect.target import Target, Wanted
+from unlearn.models import checkpoints
+from unlearn.objectives import functions as objectives
+from unlearn.objectives import tokens
+from unlearn.objectives.loss import Loss
+from unlearn.passes import decoding, forcing
+from unlearn.passes.batches import on
+from unlearn.training import trainer as training
 
 torch.set_num_threads(1)
 utils.device()
@@ -64,7 +73,7 @@ def train(loss: Callable[[Any], Loss], rows: list[Any], beside: Sequence[Any] = 
     training.freeze_unreached(trained, minimised, batches[0], bf16=False)
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad])
     for i in range(2):
-        total: Any = sum(minimised(trained, risks.on(batches[i], GPU)).values())
+        total: Any = sum(minimised(trained, on(batches[i], GPU)).values())
         total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -146,12 +155,12 @@ PLANTED: dict[str, Callable[[], Any]] = {
     "finetune": lambda: on_cpu(training, "on"),
     "npo and kl": lambda: on_cpu(objectives, "reference_nll"),
     "rmu": lambda: patch.dict(globals(), NOISE=torch.device("cpu")),
-    "instances": lambda: on_cpu(tap.Site, "along"),
+    "instances": lambda: on_cpu(sites.Site, "along"),
     "positions": lambda: on_cpu(tap, "_row_dots"),
     "plain": lambda: on_cpu(risks, "on"),
     "tokens": lambda: on_cpu(tangents, "label_positions"),
     "sweep": lambda: on_cpu(meter, "contract"),
-    "offload": lambda: on_cpu(tap.Site, "along"),
+    "offload": lambda: on_cpu(sites.Site, "along"),
     "scores": lambda: on_cpu(forcing, "widen"),
     "scores of lone rows": lambda: on_cpu(tokens, "widen"),
     "decoding": lambda: on_cpu(decoding, "_pad_left"),

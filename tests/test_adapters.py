@@ -13,13 +13,15 @@ import torch
 from conftest import ROOT, doubled, make_workplace, run_in
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedModel
 
-from unlearn.adapters import LoRA, adapters_off, add_lora
-from unlearn.evaluating import in_eval_mode
-from unlearn.loss import Loss
-from unlearn.meter import Meter, Target, Wanted
-from unlearn.objectives import Objective, ga, kl, mean_nll, npo
-from unlearn.risks import on, set_batches, trainable
-from unlearn.tokens import token_outputs
+from unlearn.geffect.meter import Meter
+from unlearn.geffect.risks import trainable
+from unlearn.geffect.target import Target, Wanted
+from unlearn.models.adapters import LoRA, adapters_off, add_lora
+from unlearn.models.evaluating import in_eval_mode
+from unlearn.objectives.functions import Objective, ga, kl, mean_nll, npo
+from unlearn.objectives.loss import Loss
+from unlearn.objectives.tokens import token_outputs
+from unlearn.passes.batches import on, set_batches
 
 CONFIGS = {
     "llama": LlamaConfig(

@@ -41,14 +41,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import settings
 import utils
-from unlearn.adapters import LoRA, add_lora, merged_state
-from unlearn.forcing import Pass, teacher_force
-from unlearn.loss import Loss
-from unlearn.meter import Target, Wanted
-from unlearn.objectives import ga, rmu
-from unlearn.risks import on, set_batches
-from unlearn.sharding import blocks
-from unlearn.tokens import token_outputs
+from unlearn.geffect.target import Target, Wanted
+from unlearn.models.adapters import LoRA, add_lora, merged_state
+from unlearn.models.sharding import blocks
+from unlearn.objectives.functions import ga, rmu
+from unlearn.objectives.loss import Loss
+from unlearn.objectives.tokens import token_outputs
+from unlearn.passes.batches import on, set_batches
+from unlearn.passes.forcing import Pass, teacher_force
 
 STATES = {"mamba_d_state": 4, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 WINDOW = GROUPED | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}

@@ -27,13 +27,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 import compute_geffect
 import forget
 import settings
-import unlearn.figures
+import unlearn.reporting.figures
 import utils
-from unlearn.geffect import GEffectCallback, geffect, meter_of
-from unlearn.loss import Loss
-from unlearn.meter import Wanted
-from unlearn.objectives import ga, mean_nll
-from unlearn.rows import tokenize_pairs
+from unlearn.geffect.call import GEffectCallback, geffect, meter_of
+from unlearn.geffect.target import Wanted
+from unlearn.objectives.functions import ga, mean_nll
+from unlearn.objectives.loss import Loss
+from unlearn.objectives.rows import tokenize_pairs
 
 RUN = "icml/tiny/npo_kl_0.0008_forget05_5_0.0_None"
 LAST = f"model_path_cur={RUN}/checkpoint-6"
@@ -49,7 +49,7 @@ def call(job: Callable[[DictConfig], Any], config: str, place: Path, words: str,
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         if not figures:
-            patch.setattr(unlearn.figures, "draw", lambda folder: [])
+            patch.setattr(unlearn.reporting.figures, "draw", lambda folder: [])
         job(utils.compose_config(config, words.split()))
 
 
@@ -169,7 +169,7 @@ def test_the_figures_are_there_and_drawn_again_from_the_tables(place: Path, ever
         found = sorted(file.name for file in figures.iterdir())
         assert found == sorted(f"{name}.{kind}" for name in expected for kind in ("pdf", "png"))
     shutil.rmtree(everything / "figures")
-    assert unlearn.figures.main([str(everything.parent)]) == 0
+    assert unlearn.reporting.figures.main([str(everything.parent)]) == 0
     assert sorted(file.name for file in (everything / "figures").iterdir()) == found
 
 
@@ -184,7 +184,10 @@ def test_started_again_it_prints_the_same_and_measures_nothing(place: Path, caps
 
 @pytest.mark.parametrize(
     "moment",
-    ["unlearn.tables.write 6 after", "unlearn.meter.Meter.tapped 3 after"],  # step 5's tables half written; step 6
+    [
+        "unlearn.geffect.tables.write 6 after",
+        "unlearn.geffect.meter.Meter.tapped 3 after",
+    ],  # step 5's tables half written; step 6
 )
 def test_killed_in_the_middle_it_goes_on_to_the_same_tables(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], moment: str
@@ -339,7 +342,7 @@ def test_measured_while_unlearning(place: Path, tmp_path: Path) -> None:
 def test_killed_while_measuring_the_run_goes_on(place: Path, tmp_path: Path) -> None:
     words = "method=npo model_family=tiny split=forget05 geffect.every=2 save_steps=2 num_epochs=4"
     unlearn_split(place, f"{words} save_dir={tmp_path}/whole")
-    moment = f"unlearn.meter.Meter.measure 3 after {shlex.quote('kill -KILL $PID')}"
+    moment = f"unlearn.geffect.meter.Meter.measure 3 after {shlex.quote('kill -KILL $PID')}"
     command = f"{ROOT}/forget.py {words} save_dir={tmp_path}/run"
     assert run_in(place, f"python {ROOT}/tests/at.py {moment} {command}", check=False).returncode == -9
     unlearn_split(place, f"{words} save_dir={tmp_path}/run")

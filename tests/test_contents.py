@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 import evaluation
 import forget
-import unlearn.figures
+import unlearn.reporting.figures
 import utils
-from unlearn.checkpoints import load_model, load_weights
-from unlearn.files import fingerprint, sampled
+from unlearn.io.files import fingerprint, sampled
+from unlearn.models.checkpoints import load_model, load_weights
 
 SCRIPTS = {  # each started in a folder with `data` and `whole`, a model
     "finetune": "model_family=tiny hf_key=whole data_path=data split=retain99 num_epochs=0.1 batch_size=2 save_dir=tuned",
@@ -61,7 +61,7 @@ Start = Callable[[str], tuple[int, str]]
 @pytest.fixture
 def start(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
     """Start a script again, without figures: its exit code and what it says."""
-    monkeypatch.setattr(unlearn.figures, "draw", lambda folder: [])
+    monkeypatch.setattr(unlearn.reporting.figures, "draw", lambda folder: [])
     monkeypatch.setattr(evaluation, "draw_run", lambda found: None)
 
     def start(script: str) -> tuple[int, str]:

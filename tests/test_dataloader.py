@@ -34,8 +34,8 @@ from dataloader import (
     tokenize,
     unlearning_data,
 )
-from unlearn.checkpoints import new_model
-from unlearn.tokens import IGNORE, label_positions
+from unlearn.models.checkpoints import new_model
+from unlearn.objectives.tokens import IGNORE, label_positions
 
 ROOT = Path(__file__).parents[1]
 PHI, LLAMA = utils.load_family("phi"), utils.load_family("llama2-7b")

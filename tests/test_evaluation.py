@@ -26,11 +26,13 @@ import forget
 import settings
 import tofu_evaluation
 import utils
-from unlearn import checkpoints, scores, tofu
-from unlearn.control import mix
-from unlearn.extraction import knowledge, score_rows
-from unlearn.forcing import Pass, teacher_force
-from unlearn.rows import Row, tokenize_pairs
+from unlearn.models import checkpoints
+from unlearn.objectives.rows import Row, tokenize_pairs
+from unlearn.passes.forcing import Pass, teacher_force
+from unlearn.scores import definitions as scores
+from unlearn.scores import tofu
+from unlearn.scores.control import mix
+from unlearn.scores.extraction import knowledge, score_rows
 
 CONFIGS = {tofu_evaluation: "eval_tofu", evaluation_everything: "eval_everything"}
 ROWS = {"retain90": 16, "forget10": 8, "forget10_perturbed": 8, "retain_perturbed": 8, "holdout10": 8}
@@ -590,8 +592,8 @@ def test_a_model_of_the_hub_leaves_no_folder_of_its_name(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("script", "moment", "left"),
     [
-        (tofu_evaluation, "unlearn.asking.measure_task 3 before", ["real_world", "forget"]),
-        (evaluation_everything, "unlearn.control.mix 4 after", None),
+        (tofu_evaluation, "unlearn.scores.asking.measure_task 3 before", ["real_world", "forget"]),
+        (evaluation_everything, "unlearn.scores.control.mix 4 after", None),
     ],
     ids=CONFIGS.values(),
 )

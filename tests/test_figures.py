@@ -15,7 +15,9 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from unlearn import figures
+from unlearn.reporting import figures, style
+from unlearn.reporting import tables as plotted
+from unlearn.reporting.token_figure import visible, wrap
 
 BLOCKS, ROWS, STEPS = 3, 6, (0, 5, 10, 15)
 WORDS = [" The", " author", "\n", "  ", " $x^", "é", " 北京", "\x00", "\ufffd", "a_{1", " مر", " 🙂"]
@@ -68,7 +70,7 @@ def write(folder: Path, tables: dict[str, pd.DataFrame]) -> Path:
 
 
 def figures_of(folder: Path, **choice: object) -> dict[str, Figure]:
-    tables = {name: figures.read(folder / name) for name in figures.TABLES if (folder / name).exists()}
+    tables = {name: plotted.read(folder / name) for name in plotted.TABLES if (folder / name).exists()}
     return figures.make_figures(tables, **choice)  # type: ignore[arg-type]
 
 
@@ -107,9 +109,9 @@ def data(line: Line2D, axis: str) -> np.ndarray:
     ],
 )
 def test_a_scale_is_symlog_only_where_values_span_decades(values: list[float], linear: float | None) -> None:
-    found = figures.linear_range(values)
+    found = style.linear_range(values)
     assert found == (None if linear is None else pytest.approx(linear))
-    norm = figures.colour_norm(values)
+    norm = style.colour_norm(values)
     assert isinstance(norm, SymLogNorm) == (linear is not None)
     assert norm.vmin == -norm.vmax  # type: ignore[operator]
     assert norm(0.0) == pytest.approx(0.5)
@@ -118,7 +120,7 @@ def test_a_scale_is_symlog_only_where_values_span_decades(values: list[float], l
 @pytest.mark.parametrize("decades", range(2, 8))
 @pytest.mark.parametrize("per_side", [2, 3, 4])
 def test_symlog_ticks_are_few_symmetric_and_in_range(decades: int, per_side: int) -> None:
-    ticks = figures.symlog_ticks(1e-3, 2 * 10.0 ** (decades - 3), per_side)
+    ticks = style.symlog_ticks(1e-3, 2 * 10.0 ** (decades - 3), per_side)
     assert ticks == sorted(ticks)
     assert ticks == [-tick for tick in reversed(ticks)]
     assert 3 <= len(ticks) <= 2 * per_side + 1
@@ -128,12 +130,12 @@ def test_symlog_ticks_are_few_symmetric_and_in_range(decades: int, per_side: int
 
 def test_layers_come_in_the_models_order() -> None:
     shuffled = ["lm_head", "10", "norm", "2", "embed", "other", "0"]
-    assert figures.layer_order(shuffled) == ["embed", "0", "2", "10", "other", "norm", "lm_head"]
+    assert plotted.layer_order(shuffled) == ["embed", "0", "2", "10", "other", "norm", "lm_head"]
 
 
 def test_a_layer_is_the_sum_of_its_modules(folder: Path) -> None:
-    table = figures.read(folder / "layers.csv")
-    grid = figures.layer_grid(table, "geffect", "retain")
+    table = plotted.read(folder / "layers.csv")
+    grid = plotted.layer_grid(table, "geffect", "retain")
     assert list(grid.index) == ["embed", "0", "1", "2", "norm", "lm_head"]
     assert list(grid.columns) == list(STEPS)
     for layer in grid.index:
@@ -146,23 +148,23 @@ def test_a_module_that_is_not_finite_makes_its_layer_so(tmp_path: Path) -> None:
     table = make_tables()["layers.csv"]
     table.loc[(table["layer"] == "1") & (table["module"] == "q") & (table["step"] == 5), "geffect"] = -np.inf
     write(tmp_path, {"layers.csv": table})
-    grid = figures.layer_grid(figures.read(tmp_path / "layers.csv"), "geffect", "unlearn")
+    grid = plotted.layer_grid(plotted.read(tmp_path / "layers.csv"), "geffect", "unlearn")
     assert grid.isna().sum().sum() == 1
     assert np.isnan(grid.loc["1", 5])
 
 
 def test_evenly_takes_the_first_and_the_last() -> None:
-    assert figures.evenly([20, 0, 10], 6) == [0, 10, 20]
-    assert figures.evenly(range(14), 6) == [0, 3, 5, 8, 10, 13]
-    assert figures.evenly([7], 6) == [7]
+    assert style.evenly([20, 0, 10], 6) == [0, 10, 20]
+    assert style.evenly(range(14), 6) == [0, 3, 5, 8, 10, 13]
+    assert style.evenly([7], 6) == [7]
 
 
 def test_the_rows_drawn_are_those_with_the_largest_share(folder: Path) -> None:
-    lines = figures.token_lines(figures.read(folder / "tokens.parquet"), None)
+    lines = plotted.token_lines(plotted.read(folder / "tokens.parquet"), None)
     assert set(lines["step"]) == {STEPS[-1]}
     assert set(lines["risk"]) == {"retain"}
     sums = {row: abs(sum(lines.loc[lines["row"] == row, "geffect"])) for row in range(ROWS)}
-    assert figures.largest_rows(lines, 4) == sorted(sums, key=lambda row: -sums[row])[:4]
+    assert plotted.largest_rows(lines, 4) == sorted(sums, key=lambda row: -sums[row])[:4]
 
 
 @pytest.mark.parametrize(
@@ -181,13 +183,13 @@ def test_the_rows_drawn_are_those_with_the_largest_share(folder: Path) -> None:
     ],
 )
 def test_tokens_are_visible(token: str, text: str) -> None:
-    assert figures.visible(token) == text
+    assert visible(token) == text
 
 
 def test_wrapping_keeps_every_letter_within_the_width() -> None:
     rng = np.random.default_rng(1)
     texts = ["abcdefghijklmnopqrstuvwxyz"[:n] for n in rng.integers(1, 26, size=200)]
-    pieces = figures.wrap(texts, 10)
+    pieces = wrap(texts, 10)
     for i, text in enumerate(texts):
         assert "".join(piece.text for piece in pieces if piece.token == i) == text
     assert max(piece.column + len(piece.text) for piece in pieces) <= 10
@@ -197,9 +199,9 @@ def test_wrapping_keeps_every_letter_within_the_width() -> None:
 
 
 def test_numbers_are_abbreviated() -> None:
-    assert figures.abbreviated([3, 1, 2, 9]) == "1-3, 9"
-    assert figures.abbreviated(range(0, 100, 2)) == "0, 2, 4, 6, 8, 10, 12, 14, 16, ..., 96, 98"
-    assert figures.abbreviated([]) == "none"
+    assert plotted.abbreviated([3, 1, 2, 9]) == "1-3, 9"
+    assert plotted.abbreviated(range(0, 100, 2)) == "0, 2, 4, 6, 8, 10, 12, 14, 16, ..., 96, 98"
+    assert plotted.abbreviated([]) == "none"
 
 
 # Figures
@@ -262,7 +264,7 @@ def test_tokens_show_the_rows_asked_for(folder: Path) -> None:
     table = pd.read_parquet(folder / "tokens.parquet")
     here = table[(table["step"] == 5) & (table["risk"] == "retain")]
     tokens = [token for row in (2, 0) for token in here.loc[here["row"] == row, "token"]]
-    assert [text for text in texts if not text.startswith("row ")] == list(map(figures.visible, tokens))
+    assert [text for text in texts if not text.startswith("row ")] == list(map(visible, tokens))
     assert "step 5" in figure.axes[1].get_xlabel()
 
 
@@ -330,7 +332,7 @@ def changed(tables: dict[str, pd.DataFrame], value: float, every: int = 1) -> di
     out = {}
     for name, table in tables.items():
         out[name] = table.copy()
-        for column in set(figures.TABLES[name].values) - {"token"}:
+        for column in set(plotted.TABLES[name].values) - {"token"}:
             out[name].loc[::every, column] = value
     return out
 
@@ -357,7 +359,7 @@ ODD = {
 @pytest.mark.parametrize("tables", ODD.values(), ids=ODD)
 def test_odd_tables_are_drawn_without_a_warning(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     write(tmp_path, tables)
-    with warnings.catch_warnings(), figures.mpl.rc_context(figures.STYLE):
+    with warnings.catch_warnings(), figures.mpl.rc_context(style.STYLE):
         warnings.simplefilter("error")
         drawn = figures_of(tmp_path)
         for figure in drawn.values():
@@ -393,7 +395,7 @@ def test_names_of_layers_and_steps_do_not_overlap(blocks: int, steps: int, tmp_p
     layers = ["embed", *map(str, range(blocks)), "norm", "lm_head"]
     lines: list[tuple[object, ...]] = [(20 * step, "retain", layer, "w", 1.0) for step in range(steps) for layer in layers]
     write(tmp_path, {"layers.csv": frame("step,risk,layer,module,geffect", lines)})
-    with figures.mpl.rc_context(figures.STYLE):
+    with figures.mpl.rc_context(style.STYLE):
         axes = (figure := figures_of(tmp_path)["layers"]).axes[0]
         figure.draw_without_rendering()
         for labels, side in ((axes.get_yticklabels(), "y"), (axes.get_xticklabels(), "x")):
@@ -473,7 +475,7 @@ def test_what_a_user_got_wrong_is_one_line(
 
 def test_the_command_as_typed_writes_nothing_to_stderr(tmp_path: Path) -> None:
     write(tmp_path, {name: make_tables()[name] for name in ("tokens.parquet", "instances.csv")})
-    line = [sys.executable, "-m", "unlearn.figures"]
+    line = [sys.executable, "-m", "unlearn.reporting.figures"]
     done = subprocess.run([*line, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert names(list(map(Path, done.stdout.splitlines()))) == ["instances", "tokens"]

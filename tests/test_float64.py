@@ -10,11 +10,11 @@ import torch
 from test_geffect import FORGET, GROUPED, RETAIN, build, shake
 from test_measuring import TOKENS
 
-from unlearn.checkpoints import load_model
-from unlearn.forcing import Pass, token_nlls
-from unlearn.geffect import geffect
-from unlearn.meter import Wanted
-from unlearn.objectives import ga
+from unlearn.geffect.call import geffect
+from unlearn.geffect.target import Wanted
+from unlearn.models.checkpoints import load_model
+from unlearn.objectives.functions import ga
+from unlearn.passes.forcing import Pass, token_nlls
 
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}

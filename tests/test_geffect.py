@@ -28,13 +28,16 @@ from conftest import ROOT, doubled, run_in
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from unlearn.loss import Loss
-from unlearn.meter import RISKS, Meter, Target, Wanted
-from unlearn.objectives import Objective, ga, kl, mean_nll, npo, rmu, tnpo, wga, wtnpo
-from unlearn.risks import add_gradient, set_batches, zeros
-from unlearn.rows import Row, collate
-from unlearn.tables import Tables
-from unlearn.tokens import IGNORE
+from unlearn.geffect.meter import Meter
+from unlearn.geffect.parts import RISKS
+from unlearn.geffect.risks import add_gradient, zeros
+from unlearn.geffect.tables import Tables
+from unlearn.geffect.target import Target, Wanted
+from unlearn.objectives.functions import Objective, ga, kl, mean_nll, npo, rmu, tnpo, wga, wtnpo
+from unlearn.objectives.loss import Loss
+from unlearn.objectives.rows import Row, collate
+from unlearn.objectives.tokens import IGNORE
+from unlearn.passes.batches import set_batches
 
 pytestmark = pytest.mark.usefixtures("float64_throughout")
 

@@ -14,6 +14,30 @@ from conftest import ROOT
 MODULES = {"dataloader", "utils", "settings", "planning", "evaluation"}
 SCRIPTS = {"finetune", "forget", "compute_geffect", "evaluation_everything", "tofu_evaluation", "basher1", "basher2"}
 PACKAGE = sorted((ROOT / "unlearn").rglob("*.py"))
+ROOMS = {  # of the package: which others each may import
+    "io": set(),
+    "models": {"io"},
+    "objectives": {"io", "models"},
+    "passes": {"io", "models", "objectives"},
+    **dict.fromkeys(("training", "geffect", "scores"), {"io", "models", "objectives", "passes"}),
+    "reporting": {"io"},
+}
+MOST_LINES = 400
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def rooms_imported(file: Path) -> set[str]:
+    """The rooms of `unlearn` that a file imports, within functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "unlearn" else [node.module]
+        found |= {name.split(".")[1] for name in names if name.startswith("unlearn.")}
+    return found
 
 
 def imported(file: Path) -> set[str]:
@@ -46,10 +70,23 @@ def test_the_top_level_has_the_documented_scripts_only() -> None:
     assert [str(file) for file in tracked() if file.suffix in (".sh", ".ipynb") and file.parent == ROOT] == []
 
 
-@pytest.mark.parametrize("file", PACKAGE, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", PACKAGE, ids=name_of)
 def test_the_package_imports_no_top_level_module(file: Path) -> None:
     assert imported(file) & (MODULES | SCRIPTS) == set()
     assert imported(file) & {"hydra", "omegaconf", "yaml"} == set()  # no configuration either
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_rooms_import_one_way(room: str) -> None:
+    files = sorted((ROOT / "unlearn" / room).rglob("*.py"))
+    assert (ROOT / "unlearn" / room / "__init__.py") in files
+    assert {name_of(file): away for file in files if (away := rooms_imported(file) - ROOMS[room] - {room})} == {}
+
+
+def test_every_room_has_its_place() -> None:
+    assert {file.name for file in (ROOT / "unlearn").iterdir() if file.is_dir() and file.name != "__pycache__"} == set(ROOMS)
+    assert [file.name for file in (ROOT / "unlearn").glob("*.py")] == ["__init__.py"]
+    assert rooms_imported(ROOT / "unlearn/scores/callback.py") == {"io", "objectives", "passes", "scores"}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +118,7 @@ def test_the_command_line_imports_torch_late() -> None:
 
 def test_only_the_package_is_installed() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    assert re.search(r'^\[tool\.setuptools\]\npackages = \["unlearn"\]$', text, re.MULTILINE)
+    assert re.search(r'^\[tool\.setuptools\]\npackages\.find = { include = \["unlearn\*"\] }$', text, re.MULTILINE)
     assert "py-modules" not in text
     assert "scripts]" not in text
 

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dataloader
-from unlearn.checkpoints import load_model
-from unlearn.files import seal, what_is_torn, written_whole
-from unlearn.loss import Loss
-from unlearn.tokens import Counts, Tokens
-from unlearn.training import Settings, last_whole, train
+from unlearn.io.files import seal, what_is_torn, written_whole
+from unlearn.models.checkpoints import load_model
+from unlearn.objectives.loss import Loss
+from unlearn.objectives.tokens import Counts, Tokens
+from unlearn.training.resuming import last_whole
+from unlearn.training.trainer import Settings, train
 
 STEPS = range(1, 7)  # of 16 of forget05's 20 rows, five epochs; saved after every second one
 
@@ -74,37 +75,37 @@ def goes_on_to_the_same_bits(folder: Path, model: Path, expected: dict[str, dict
 # Saves come after steps 2, 4 and 6; in each Trainer's model and optimiser (torch.save, four times) are written to resume/,
 # then the model again and the tokenizer to checkpoint-N, which are renamed, and then resume/'s seal.
 SHORT = [
-    "unlearn.checkpoints.load_model 1 after",
+    "unlearn.models.checkpoints.load_model 1 after",
     "torch.optim.AdamW.step 5 before",
     "torch.save 6 during",
     "pathlib.Path.rename 2 before",
-    "unlearn.training.seal 2 before",
+    "unlearn.training.trainer.seal 2 before",
 ]
 LONG = [
     # load
-    "unlearn.forcing.token_nlls 1 before",
-    "unlearn.training.train 1 before",
-    "unlearn.training.StepLog.on_train_begin 1 after",
+    "unlearn.passes.forcing.token_nlls 1 before",
+    "unlearn.training.trainer.train 1 before",
+    "unlearn.training.logs.StepLog.on_train_begin 1 after",
     # step
-    "unlearn.training.StepTrainer.compute_loss 10 during",
+    "unlearn.training.trainer.StepTrainer.compute_loss 10 during",
     "torch.optim.AdamW.step 1 before",
     "torch.optim.AdamW.step 4 after",
-    "unlearn.training.StepTrainer.log 6 after",
+    "unlearn.training.trainer.StepTrainer.log 6 after",
     # save
     "transformers.PreTrainedModel.save_pretrained 1 during",
     "transformers.PreTrainedModel.save_pretrained 4 during",
     "torch.save 1 during",
-    "unlearn.checkpoints.save_model 1 during",
-    "unlearn.checkpoints.save_model 3 after",
+    "unlearn.models.checkpoints.save_model 1 during",
+    "unlearn.models.checkpoints.save_model 3 after",
     "shutil.rmtree 3 during",
     # rename and after
     "pathlib.Path.rename 1 after",
-    "unlearn.training.seal 1 after",
+    "unlearn.training.trainer.seal 1 after",
 ]
 INSIDE_A_SAVE = [
-    *("torch.save 1 during", "torch.save 6 during", "unlearn.checkpoints.save_model 1 during"),
-    *("unlearn.checkpoints.save_model 3 after", "pathlib.Path.rename 1 after", "pathlib.Path.rename 2 before"),
-    "unlearn.training.seal 2 before",
+    *("torch.save 1 during", "torch.save 6 during", "unlearn.models.checkpoints.save_model 1 during"),
+    *("unlearn.models.checkpoints.save_model 3 after", "pathlib.Path.rename 1 after", "pathlib.Path.rename 2 before"),
+    "unlearn.training.trainer.seal 2 before",
 ]
 
 
@@ -119,7 +120,7 @@ def test_killed_at_any_moment(moment: str, young: Path, undisturbed: dict[str, d
 
 def test_a_torn_resume_checkpoint_is_left_aside(young: Path, undisturbed: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
     """What the file system lost of the newest is told by its files' sizes; the run goes on from the one before."""
-    assert at(tmp_path, "unlearn.training.StepTrainer.log 6 before", "kill -KILL $PID", young).returncode
+    assert at(tmp_path, "unlearn.training.trainer.StepTrainer.log 6 before", "kill -KILL $PID", young).returncode
     newest = tmp_path / "run/resume/checkpoint-4"
     os.truncate(newest / "optimizer.pt", 1000)
     shutil.rmtree(tmp_path / "run/checkpoint-4")
@@ -160,7 +161,7 @@ def test_a_finished_run_is_not_trained_again(young: Path, tmp_path: Path) -> Non
 
 def test_two_processes_in_one_folder(young: Path, undisturbed: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
     other = shlex.join(["sh", "-c", f"{sys.executable} {command(young)} 2> other; echo $? >> other"])
-    at(tmp_path, "unlearn.training.StepTrainer.compute_loss 9 before", other, young)
+    at(tmp_path, "unlearn.training.trainer.StepTrainer.compute_loss 9 before", other, young)
     line, code = (tmp_path / "other").read_text().splitlines()[-2:]
     assert (line, code) == ("forget.py: run: another process writes there now", "2")
     goes_on_to_the_same_bits(tmp_path, young, undisturbed)
@@ -185,9 +186,9 @@ def test_a_torn_model_is_no_checkpoint(young: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("moment", "name", "code"),
     [
-        ("unlearn.checkpoints.load_model 1 before", "TERM", 143),
+        ("unlearn.models.checkpoints.load_model 1 before", "TERM", 143),
         ("torch.save 2 during", "TERM", 143),
-        ("unlearn.training.StepTrainer.compute_loss 9 before", "INT", 130),
+        ("unlearn.training.trainer.StepTrainer.compute_loss 9 before", "INT", 130),
     ],
 )
 def test_a_signal_saves_and_stops(
@@ -250,7 +251,7 @@ def test_a_disk_without_room_is_found_at_once(young: Path, small_disk: Path) -> 
     assert not (small_disk / "run").exists()
 
 
-@pytest.mark.parametrize("moment", ["torch.save 6 before", "unlearn.checkpoints.save_model 2 before"])
+@pytest.mark.parametrize("moment", ["torch.save 6 before", "unlearn.models.checkpoints.save_model 2 before"])
 def test_a_disk_that_fills_up_harms_nothing(
     moment: str, young: Path, small_disk: Path, undisturbed: dict[str, dict[str, Tensor]]
 ) -> None:

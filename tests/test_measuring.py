@@ -32,17 +32,18 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from unlearn import meter as meters
-from unlearn import sharding
-from unlearn.decoding import decode
-from unlearn.extraction import score_rows
-from unlearn.forcing import Pass, token_nlls
-from unlearn.geffect import GEffectCallback, geffect, meter_of
-from unlearn.loss import Loss
-from unlearn.meter import Meter, Target, Wanted
-from unlearn.objectives import ga, kl, mean_nll, npo
-from unlearn.rows import tokenize_pairs
-from unlearn.tables import Tables, read
+from unlearn.geffect import meter as meters
+from unlearn.geffect.call import GEffectCallback, geffect, meter_of
+from unlearn.geffect.meter import Meter
+from unlearn.geffect.tables import Tables, read
+from unlearn.geffect.target import Target, Wanted
+from unlearn.models import sharding
+from unlearn.objectives.functions import ga, kl, mean_nll, npo
+from unlearn.objectives.loss import Loss
+from unlearn.objectives.rows import tokenize_pairs
+from unlearn.passes.decoding import decode
+from unlearn.passes.forcing import Pass, token_nlls
+from unlearn.scores.extraction import score_rows
 
 EVERYTHING = Wanted(positions=True, tokens=True)
 DROPOUT: dict[str, dict[str, Any]] = {
@@ -261,15 +262,15 @@ def test_every_table_is_compared_with_the_total(name: str, norms: bool, monkeypa
     """At each measurement, not at the first alone: a hundredth more somewhere is told."""
     meter = meter_of(build("llama"), TOKENS, FORGET, RETAIN, ga, wanted=Wanted(norms=norms, positions=True, tokens=True))
     meter.measure()
-    maker = {"layers": "_by_site", "positions": "_by_position", "tokens": "by_token"}.get(name, "")
-    where = meter if maker else meters
-    make = getattr(where, maker or "_by_instance")
+    maker = {"layers": "_by_site", "positions": "by_position", "tokens": "by_token", "instances": "instance_table"}[name]
+    where = meter if hasattr(meter, maker) else meters
+    make = getattr(where, maker)
 
     def wrong(*args: Any) -> Any:
         table = make(*args)
         return table.assign(geffect=table["geffect"] * 1.01)
 
-    monkeypatch.setattr(where, maker or "_by_instance", wrong)
+    monkeypatch.setattr(where, maker, wrong)
     with pytest.raises(ValueError, match=f"by {name} add up to"):
         meter.measure()
 

@@ -32,9 +32,9 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from unlearn.loss import Loss
-from unlearn.objectives import Objective, ga, kl, mean_nll, npo, rmu, tnpo, weighted, wga, wtnpo
-from unlearn.tokens import IGNORE, Counts, Tokens, label_positions, token_outputs
+from unlearn.objectives.functions import Objective, ga, kl, mean_nll, npo, rmu, tnpo, weighted, wga, wtnpo
+from unlearn.objectives.loss import Loss
+from unlearn.objectives.tokens import IGNORE, Counts, Tokens, label_positions, token_outputs
 from utils import compose_config
 
 Batch = dict[str, Any]
@@ -529,7 +529,7 @@ def test_a_new_objective_is_a_function_and_a_yaml(
 ) -> None:
     """Forget only what the model knows better than a threshold: one weight function, named by its YAML."""
     (tmp_path / "my_objectives.py").write_text(
-        "from unlearn.objectives import weighted\n\n\n"
+        "from unlearn.objectives.functions import weighted\n\n\n"
         "@weighted\n"
         "def known(tokens, threshold):\n"
         "    return (tokens.nll < threshold).to(tokens.nll.dtype)\n"

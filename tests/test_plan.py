@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT, run_in
 from transformers import AutoConfig
 
-from unlearn.plan import Shape, Work, measuring, scoring, shape_of, training
+from unlearn.models.plan import Shape, Work, measuring, scoring, shape_of, training
 
 SHAPES = yaml.safe_load((ROOT / "config/shapes.yaml").read_text())
 MILLIONS = {  # as published

@@ -15,10 +15,10 @@ from test_geffect import FORGET, RETAIN, build
 from test_measuring import TOKENS
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from unlearn.checkpoints import load_model, save_model
-from unlearn.extraction import score_rows
-from unlearn.geffect import geffect
-from unlearn.objectives import ga
+from unlearn.geffect.call import geffect
+from unlearn.models.checkpoints import load_model, save_model
+from unlearn.objectives.functions import ga
+from unlearn.scores.extraction import score_rows
 
 # ---- from scratch only where there is nothing of a model ----
 

@@ -17,8 +17,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from unlearn import figures, score_figures
-from unlearn.score_figures import DATA, PANELS, draw_control, draw_scores
+from unlearn.reporting import figures, score_figures, style
+from unlearn.reporting.score_figures import DATA, PANELS, draw_control, draw_scores
 
 SHARES = [
     "model_utility",
@@ -52,7 +52,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         seen.append(figure)
         return [stem]
 
-    monkeypatch.setattr(figures, "save", keep)
+    monkeypatch.setattr(style, "save", keep)
     return seen
 
 
@@ -94,8 +94,8 @@ def test_colours_are_the_data_sets_and_lines_the_scores(tmp_path: Path, drawn: l
     draw_scores(put(tmp_path, make_scores()))
     extraction = curves(panels(drawn[0])[3])
     assert [to_hex(str(line.get_color())).upper() for line in extraction] == [
-        figures.COLOURS["unlearn"],
-        figures.COLOURS["retain"],
+        style.COLOURS["unlearn"],
+        style.COLOURS["retain"],
     ] * 3
     assert [line.get_marker() for line in extraction] == list("ooss^^")
     assert len({(to_hex(str(line.get_color())), line.get_marker()) for line in curves(panels(drawn[0])[4])}) == 5
@@ -147,7 +147,7 @@ def test_odd_tables_are_drawn_without_a_warning(table: pd.DataFrame, tmp_path: P
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw_scores(put(tmp_path, table))
-        with figures.mpl.rc_context(figures.STYLE):
+        with figures.mpl.rc_context(style.STYLE):
             boxes = [axes.get_tightbbox() for axes in panels(drawn[0])]
     frame = drawn[0].bbox
     for i, box in enumerate(boxes):
@@ -244,7 +244,7 @@ def test_bar_and_weight_come_from_the_scores(scores: object, found: tuple[float 
 def test_the_command_as_typed(tmp_path: Path) -> None:
     both = put(put(tmp_path / "both", make_scores()), make_control(), "control.csv")
     one = put(tmp_path / "one", make_control(), "control.csv")
-    line = [sys.executable, "-m", "unlearn.score_figures"]
+    line = [sys.executable, "-m", "unlearn.reporting.score_figures"]
     done = subprocess.run([*line, both, one], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     wanted = [both / "figures" / "scores", both / "figures" / "control", one / "figures" / "control"]

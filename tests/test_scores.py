@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import forget
 import utils
-from unlearn import scores, tofu
-from unlearn.asking import measure_task
-from unlearn.control import kept, mix, put, search
-from unlearn.decoding import decode, greedy_answers
-from unlearn.extraction import ATTACKS, aucs, knowledge, means, membership, ps_similar, score_rows
-from unlearn.forcing import Pass, teacher_force, token_nlls
-from unlearn.rows import Row, tokenize_pairs
+from unlearn.objectives.rows import Row, tokenize_pairs
+from unlearn.passes.decoding import decode, greedy_answers
+from unlearn.passes.forcing import Pass, teacher_force, token_nlls
+from unlearn.scores import definitions as scores
+from unlearn.scores import tofu
+from unlearn.scores.asking import measure_task
+from unlearn.scores.control import kept, mix, put, search
+from unlearn.scores.extraction import ATTACKS, aucs, knowledge, means, membership, ps_similar, score_rows
 from utils import device
 
 GOLD = SHARED / "gold" / "scores"

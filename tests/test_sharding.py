@@ -15,8 +15,8 @@ from conftest import ROOT, make_workplace, run_in
 import settings
 import utils
 from settings import OPTIMIZERS
-from unlearn import checkpoints
-from unlearn.sharding import like
+from unlearn.models import checkpoints
+from unlearn.models.sharding import like
 from utils import compose_config
 
 TORCHRUN = "torchrun --nproc_per_node=2 --master_port=18791"

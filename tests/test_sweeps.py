@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import make_workplace, run_in
 
-from unlearn.sweeps import draw, summarise
+from unlearn.reporting.sweeps import draw, summarise
 
 SWEEP = (
     "python forget.py -m model_family=tiny split=forget01 method=ga,wga,npo hyper_param=1,2,3 seed=1 batch_size=2"

@@ -20,9 +20,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 import forget
 import settings
 from dataloader import StepBatches
-from unlearn.loss import Loss
-from unlearn.objectives import rmu
-from unlearn.training import StepTrainer, freeze_unreached
+from unlearn.objectives.functions import rmu
+from unlearn.objectives.loss import Loss
+from unlearn.training.trainer import StepTrainer, freeze_unreached
 from utils import compose_config, override_suffix
 
 METHODS = ["finetune", "ga", "rmu_2", "npo_kl"]

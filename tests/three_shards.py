@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import settings
 import utils
-from unlearn.adapters import LoRA, add_lora
-from unlearn.sharding import all_finite, few_are_trained, local, shard, unreduced, whole, whole_state
+from unlearn.models.adapters import LoRA, add_lora
+from unlearn.models.sharding import all_finite, few_are_trained, local, shard, unreduced, whole, whole_state
 
 utils.device()
 state = PartialState()

@@ -1,0 +1,390 @@
+"""Measuring G-effects at a model's present weights: the passes of `.risks`, `.tap` and `.tangents` made into tables.
+
+Three ways to the same numbers (N parameters, D = 2 risks; FLOP a token of L's rows, beside 6N a token of each risk's rows):
+
+    plain   (`instances=False`)   6N            totals and layers: a dot product for each tensor
+    tapped  (`unlearn.geffect.tap`)       4N + 2ND      layers x instances, positions; 2N more with norms
+    forward (`unlearn.geffect.tangents`)  2N + 4ND      tokens, and every objective of a sweep from the one pass
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unlearn.geffect.parts import RISKS, by_position, check_finite, instance_table, sums_of, token_rows, token_table
+from unlearn.geffect.risks import (
+    Directions,
+    Parts,
+    Vectors,
+    add_gradient,
+    dot,
+    each_gradient,
+    gradients_into,
+    trainable,
+    wide,
+    zeros,
+)
+from unlearn.geffect.sites import Site, find_sites
+from unlearn.geffect.tables import Tables
+from unlearn.geffect.tangents import contract, token_tangents
+from unlearn.geffect.tap import Tap, narrowest
+from unlearn.geffect.target import Target, Wanted, passes_of
+from unlearn.models import sharding
+from unlearn.models.evaluating import evaluating
+from unlearn.models.sharding import is_sharded
+from unlearn.objectives.functions import mean_nll
+from unlearn.objectives.loss import Loss
+from unlearn.objectives.rows import Row, collate, counts
+from unlearn.passes.batches import Batch, on, over_processes, progress, set_batches
+
+RISK = Loss(objective=mean_nll)  # R: the token-mean cross-entropy of a whole set
+PARTS = {"layers", "instances", "positions", "tokens"}  # the tables that add up to the totals
+WITHOUT = {"positions": "positions=false", "tokens": "tokens=false", "forward-mode pass": "a measurement without a sweep"}
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+}  # of parts against the whole, and of the tap against the gradient; else 5e-2
+IN_PARTS = 1e-5  # where only parts of a float64 model are in float32
+
+
+@dataclass
+class Meter:
+    """Measures the G-effects of a target at the model's present weights, as often as they change.
+
+    Attributes:
+        risks: the rows of each risk, of `RISKS`.
+        pad: the token id that batches are padded with.
+        sweep: more targets by (method, hyper-parameter), for the totals of each.
+        bf16: run the model under bfloat16 autocast (but never the forward-mode pass).
+        decode: token id to text, for the table of tokens.
+        offload: keep the risks' gradients V in CPU memory, from where each module's is fetched when it is needed.
+    """
+
+    model: PreTrainedModel
+    target: Target
+    risks: Mapping[str, Sequence[Row]]
+    pad: int
+    wanted: Wanted = Wanted()
+    sweep: Mapping[tuple[str, float | None], Target] = field(default_factory=dict)
+    bf16: bool = False
+    batch_size: int = 16
+    decode: Callable[[int], str] = str
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.wanted.positions and not self.wanted.instances:
+            raise ValueError("positions: only with instances")
+        if is_sharded(self.model) and self.wanted.instances and not self.wanted.norms:
+            raise ValueError(
+                "norms=false: with a model in shards the gradient is formed anyway; norms=true, or instances=false"
+            )
+        if any((t.loss.retain is not None) != bool(t.retain) for t in (self.target, *self.sweep.values())):
+            raise ValueError("a retain term needs rows beside those to forget, and rows beside them a retain term")
+        for name, rows in {
+            "the target": self.target.forget,
+            **{f"the {name} risk": of for name, of in self.risks.items()},
+        }.items():
+            if not counts(rows)[0]:
+                raise ValueError(f"{name}: its {len(rows)} rows have no label tokens")
+        self.parameters = trainable(self.model)
+        if not self.parameters:
+            raise ValueError(f"{type(self.model).__name__}: no parameter of it requires a gradient")
+        self.sharded = is_sharded(self.model)
+        if self.sharded and (self.wanted.tokens or self.sweep):
+            raise ValueError(
+                "tokens and sweeps are one forward-mode pass, which a model in shards can't make (parallel=ddp can)"
+            )
+        self.sites: list[Site] = []
+        self.directions: Directions = {}
+
+    def measure(self) -> Tables:
+        """The tables `steps` and `layers` of the present weights, and what else is wanted; columns as in the README.
+
+        Raises:
+            FloatingPointError: an effect is not finite.
+            ValueError: a module's output does not tell instances apart.
+        """
+        with self.trained(True), self._references():
+            values = self.risk_gradients()
+            if not self.sites:
+                self.precision = self._precision()
+                self.sites = self._find_sites()
+            if self.wanted.instances and not self.wanted.norms:
+                self._check_one_row()
+            tables = self.tapped() if self.wanted.instances else self.plain()
+            tables["steps"] = tables["steps"].assign(risk_value=[values[risk] for risk in RISKS], update_effect=math.nan)
+            if self.wanted.tokens:
+                tables["tokens"] = self.by_token()
+            if self.sweep:
+                tables["sweep"] = self.swept(tables["steps"])
+        for name in PARTS & tables.keys():
+            self._check_parts(name, tables[name], tables["steps"])
+        return tables
+
+    def start_update(self) -> None:
+        """Note the weights as they are now, before an update, along the risks' gradients measured last."""
+        self._before = self._dots(self.parameters)
+
+    def update_effect(self) -> Tables:
+        """< theta' - theta, V >, theta' the present weights, theta those at `start_update`: the tables `totals` and `updates`.
+
+        To first order, how much each risk has changed by the update, in nats per token.
+        """
+        after = self._dots(self.parameters)
+        moved = {name: [b - a for a, b in zip(self._before[name], after[name], strict=True)] for name in after}
+        totals = pd.DataFrame({"risk": RISKS, "update_effect": sums_of(moved)})
+        return {"totals": totals, "updates": self._by_module(moved, "update_effect")}
+
+    def risk_values(self) -> list[float]:
+        """Both risks at the present weights, in nats per token."""
+        values = []
+        for risk in RISKS:
+            parts = Parts()
+            with torch.no_grad(), evaluating(self.model):
+                for batch in self._batches(self.risks[risk], what=f"{risk} risk"):
+                    with self._autocast():
+                        parts.add(RISK(self.model, batch))
+            values.append(parts.total(self.model.device)["objective"])
+        return values
+
+    # ---- the passes ----
+
+    def _batches(self, forget: Sequence[Row], retain: Sequence[Row] = (), what: str = "") -> Iterator[Batch]:
+        batches = set_batches(forget, retain, self.batch_size, self.pad, equally_many=self.sharded)
+        return progress(batches, what, self.model.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+
+    @contextmanager
+    def trained(self, train: bool) -> Iterator[None]:
+        """With the measured parameters' gradients on or off, whatever a trainer has frozen since; and back."""
+        before = {name: p.requires_grad for name, p in self.parameters.items()}
+        for p in self.parameters.values():
+            p.requires_grad_(train)
+        try:
+            yield
+        finally:
+            for name, p in self.parameters.items():
+                p.requires_grad_(before[name])
+
+    @contextmanager
+    def _references(self) -> Iterator[None]:
+        """The losses' reference models as they are measured, too."""
+        models = (target.loss.reference for target in (self.target, *self.sweep.values()))
+        with ExitStack() as stack:
+            for reference in {id(model): model for model in models if model is not None and model is not self.model}.values():
+                stack.enter_context(evaluating(reference, checkpointing=False))
+            yield
+
+    def risk_gradients(self) -> dict[str, float]:
+        """Fill `directions` with the gradients V of the risks, in the weights' precision; returns the risks' values."""
+        if not self.directions:
+            of = self.parameters.items()
+            self.directions = {name: sharding.zeros(p, (len(RISKS),), p.dtype, self.offload) for name, p in of}
+        values = {}
+        for d, risk in enumerate(RISKS):
+            stacked = {name: v[d] for name, v in self.directions.items()}
+            accumulates = not self.offload and all(v.dtype == wide(v.dtype) for v in stacked.values())  # half precision can't
+            sums = stacked if accumulates else zeros(self.parameters)
+            for v in sums.values():
+                v.zero_()
+            batches = self._batches(self.risks[risk], what=f"gradient of the {risk} risk")
+            values[risk] = add_gradient(self.model, self.parameters, RISK, batches, self.bf16, sums)["objective"]
+            for name, v in {} if accumulates else stacked.items():
+                v.copy_(sums[name])
+        return values
+
+    def _precision(self) -> torch.dtype:
+        """The least that a gradient passes; transformers' norms and softmax drop to float32 inside a float64 model."""
+        [batch, *_] = set_batches(self.risks["unlearn"][:1], [], 1, self.pad, equally_many=True)
+        with evaluating(self.model, checkpointing=False), self._autocast():
+            return narrowest(RISK(self.model, on(batch, self.model.device))["objective"])
+
+    def _find_sites(self) -> list[Site]:
+        row = collate(self.risks["unlearn"][:1], self.pad)
+        with evaluating(self.model), self._autocast():
+            return find_sites(self.model, self.parameters, self.directions, on(row, self.model.device))
+
+    def _check_one_row(self) -> None:
+        """Where no gradient of the whole loss is formed, the tap is checked on a row."""
+        dots = [0.0] * len(RISKS)
+        norms = [[0.0] * len(RISKS), [0.0] * len(RISKS)]  # squared, of the loss's gradient and of V
+
+        def take(name: str, gradient: Tensor) -> None:
+            for d, v in enumerate(self.directions[name]):
+                dots[d] += dot(gradient, v)
+                norms[0][d] += dot(gradient, gradient)
+                norms[1][d] += dot(v, v)
+
+        for batch in set_batches(self.target.forget[:1], [], 1, self.pad, equally_many=self.sharded):
+            tap = Tap(self.sites, self.directions, 1)
+            with evaluating(self.model), each_gradient(self.parameters, take):
+                self._backward(tap, on(batch, self.model.device))
+            scale = [math.sqrt(g * v) for g, v in zip(*norms, strict=True)]
+            self._check_tap(tap.effects.sum((0, 1)).tolist(), dots, scale)
+
+    def _backward(self, tap: Tap, batch: Batch) -> None:
+        with tap.batch(batch):
+            with self._autocast():
+                loss = sum(self.target.loss(self.model, batch).values())
+            loss.backward()  # type: ignore[union-attr]
+
+    def tapped(self) -> Tables:
+        """Layer x instance (x position), by the tapped backward pass; with norms, the whole gradient beside it."""
+        forget, retain = self.target.forget, self.target.retain
+        tap = Tap(self.sites, self.directions, len(forget) + len(retain))
+        if self.wanted.positions:
+            tap.count_positions(max(len(row["input_ids"]) for row in [*forget, *retain]))
+        sums = zeros(self.parameters) if self.wanted.norms else {}
+        measured = self.parameters if self.wanted.norms else {}
+        with self.trained(self.wanted.norms), evaluating(self.model), gradients_into(sums, measured):
+            for batch in self._batches(forget, retain, what="G-effects"):
+                self._backward(tap, batch)
+        over_processes([*tap.tables(), *sums.values()])
+        by_instance = tap.effects.sum(1)  # (rows, D)
+        totals = by_instance.sum(0).tolist()
+        tables = {"steps": self._steps(totals, sums)}
+        if sums:
+            scale = list(tables["steps"]["objective_norm"] * tables["steps"]["risk_norm"])
+            self._check_tap(totals, sums_of(self._dots(sums)), scale)
+        tables["layers"] = self._by_site(tap.effects.sum(0).tolist())
+        tables["instances"] = instance_table(by_instance, len(forget))
+        if tap.positions is not None:
+            tables["positions"] = by_position(tap, forget, bool(retain))
+        return tables
+
+    def plain(self) -> Tables:
+        """Totals and layers by a dot product for each tensor; the uses of tied weights are not told apart."""
+        sums = zeros(self.parameters)
+        batches = self._batches(self.target.forget, self.target.retain, what="G-effects")
+        add_gradient(self.model, self.parameters, self.target.loss, batches, self.bf16, sums)
+        dots = self._dots(sums)
+        return {"steps": self._steps(sums_of(dots), sums), "layers": self._by_module(dots, "geffect")}
+
+    def _shares(self, targets: Sequence[Target]) -> Iterator[tuple[int, Batch, Tensor, Tensor]]:
+        """For each target and batch of it: the target's number, the batch, the tokens' losses (M,), their shares (D, M).
+
+        Targets on the same rows share the pass.
+        """
+        for forget, retain, layer, group in passes_of(targets):
+            for batch in self._batches(forget, retain, what="forward mode"):
+                dual = token_tangents(self.model, self.parameters, self.directions, batch, layer)
+                references = {id(t.loss.reference): t.loss for t in (targets[i] for i in group) if t.loss.reference is not None}
+                logits = {key: loss.reference_logits(batch) for key, loss in references.items()} if retain else {}
+                for i in group:
+                    loss = targets[i].loss
+                    found = {"ref_logits": logits.get(id(loss.reference))} if retain else {}
+                    yield i, batch, dual.tokens.nll, contract(loss, dual, batch | found)
+
+    def swept(self, steps: pd.DataFrame | None = None) -> pd.DataFrame:
+        """The totals of each target of the sweep; those of `target`, from the same passes, must be the ones in `steps`."""
+        names, targets = list(self.sweep), [*self.sweep.values(), self.target]
+        totals = torch.zeros((len(targets), len(RISKS)), dtype=torch.float64, device=self.model.device)
+        with evaluating(self.model, checkpointing=False):
+            for i, _, _, shares in self._shares(targets):
+                totals[i] += shares.sum(1)
+        over_processes([totals])
+        if steps is not None:
+            own = pd.DataFrame({"risk": RISKS, "geffect": totals[-1].tolist()})
+            self._check_parts("forward-mode pass", own, steps)
+        rows = [(risk, *name, totals[i, d].item()) for i, name in enumerate(names) for d, risk in enumerate(RISKS)]
+        check_finite([row[-1] for row in rows])
+        return pd.DataFrame(rows, columns=["risk", "method", "hyper_param", "geffect"])
+
+    def by_token(self) -> pd.DataFrame:
+        """Each label token's share; all that the retain rows add is one more row, with neither row nor position."""
+        found: list[tuple[Any, ...]] = []
+        kept = torch.zeros(len(RISKS), dtype=torch.float64, device=self.model.device)
+        with evaluating(self.model, checkpointing=False):
+            for _, batch, nll, shares in self._shares([self.target]):
+                if batch["n_forget"]:
+                    found += token_rows(batch, nll, shares)
+                else:
+                    kept += shares.sum(1)
+        over_processes([kept])
+        return token_table(sorted(gather_object(found)), kept.tolist() if self.target.retain else None, self.decode)
+
+    # ---- the tables ----
+
+    def _dots(self, vectors: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        """For each parameter its inner product with each V."""
+        numbers = [dot(x, self.directions[name][d]) for name, x in vectors.items() for d in range(len(RISKS))]
+        found = iter(self._over_shards(numbers))
+        return {name: [next(found) for _ in RISKS] for name in vectors}
+
+    def _over_shards(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over shards to sums over all: the same numbers where the model is not in shards."""
+        if not self.sharded:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.model.device)
+        over_processes([sums])
+        return sums.tolist()
+
+    def _steps(self, totals: list[float], gradient: Vectors) -> pd.DataFrame:
+        check_finite(totals)
+        squares = [math.fsum(dot(v[d], v[d]) for v in self.directions.values()) for d in range(len(RISKS))]
+        squares.append(math.fsum(dot(g, g) for g in gradient.values()) if gradient else math.nan)
+        *risk_norms, norm = map(math.sqrt, self._over_shards(squares))
+        cosines = [e / (norm * r) if norm * r else math.nan for e, r in zip(totals, risk_norms, strict=True)]
+        columns = {"risk": RISKS, "geffect": totals, "cosine": cosines, "objective_norm": norm, "risk_norm": risk_norms}
+        return pd.DataFrame(columns)
+
+    def _bound(self) -> float:
+        """How far, relative to the product of the norms, rounding alone can take two ways to one number apart."""
+        if (self.model.dtype, self.precision) == (torch.float64, torch.float32):
+            return IN_PARTS
+        return TOLERANCE.get(self.precision, 5e-2)
+
+    def _check_tap(self, totals: Sequence[float], plain_totals: Sequence[float], scale: Sequence[float]) -> None:
+        """The gradient itself, where it is there, must give the same totals: else some weight is used past its module.
+
+        Args:
+            scale: the product of the norms.
+        """
+        bound = self._bound()
+        for tapped, plain, norms in zip(totals, plain_totals, scale, strict=True):
+            if abs(tapped - plain) > bound * norms:
+                raise ValueError(
+                    f"{type(self.model).__name__}: the tapped pass gives {tapped:.6g}, the whole gradient {plain:.6g}: a weight"
+                    " is used other than by calling its module (instances=false does without the tap)"
+                )
+
+    def _check_parts(self, name: str, parts: pd.DataFrame, steps: pd.DataFrame) -> None:
+        """Parts add up to the totals: else a path through the model was dropped, or counted twice."""
+        bound = self._bound()
+        for total in steps.itertuples():
+            values = parts.loc[parts["risk"] == total.risk, "geffect"]
+            norms = total.objective_norm * total.risk_norm
+            scale = values.abs().sum() if math.isnan(norms) else norms
+            if not abs(values.sum() - total.geffect) <= bound * scale:
+                raise ValueError(
+                    f"{type(self.model).__name__}: the G-effects on the {total.risk} risk by {name} add up to"
+                    f" {values.sum():.6g}, and the total is {total.geffect:.6g}: an operation of the model can't be taken apart"
+                    f" so ({WITHOUT.get(name, 'instances=false')} does without)"
+                )
+
+    def _by_site(self, effects: list[list[float]]) -> pd.DataFrame:
+        sites = zip(self.sites, effects, strict=True)
+        rows = [(risk, site.layer, site.name, values[d]) for site, values in sites for d, risk in enumerate(RISKS)]
+        return pd.DataFrame(rows, columns=["risk", "layer", "module", "geffect"])
+
+    def _by_module(self, values: Mapping[str, list[float]], column: str) -> pd.DataFrame:
+        """Numbers of parameters as numbers of modules; tied weights are counted at their first use."""
+        owners = {name: site for site in reversed(self.sites) for name in site.names.values()}
+        found = {id(site): [0.0] * len(RISKS) for site in self.sites if site in owners.values()}
+        for name, numbers in values.items():
+            found[id(owners[name])] = [a + b for a, b in zip(found[id(owners[name])], numbers, strict=True)]
+        sites = [site for site in self.sites if id(site) in found]
+        rows = [(risk, s.layer, s.name, found[id(s)][d]) for s in sites for d, risk in enumerate(RISKS)]
+        return pd.DataFrame(rows, columns=["risk", "layer", "module", column])

@@ -1,0 +1,117 @@
+"""Gradients over whole sets of rows: of a risk, and of an objective.
+
+Letters: P parameters by name, D directions (the risks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unlearn.models import sharding
+from unlearn.models.evaluating import evaluating
+from unlearn.models.sharding import local
+from unlearn.objectives.loss import Loss
+from unlearn.passes.batches import Batch, over_processes
+
+Vectors = dict[str, Tensor]  # one tensor for each parameter, like it
+Directions = dict[str, Tensor]  # (D, *shape) for each parameter
+
+CHUNK = 1 << 18  # numbers that are widened to float64 at once: few enough to stay in a cache
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained (an adapter's alone, where there is one), tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over many batches are kept in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def zeros(parameters: Mapping[str, Tensor], n: int | None = None) -> Vectors:
+    """A zero vector, or `n` of them stacked, wide enough to accumulate in."""
+    stack = () if n is None else (n,)
+    return {name: sharding.zeros(p, stack, wide(p.dtype)) for name, p in parameters.items()}
+
+
+@contextmanager
+def each_gradient(parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], Any]) -> Iterator[None]:
+    """While entered, `take(name, gradient)` gets what a backward pass leaves in `.grad`; `.grad` is as it was after."""
+    before = {name: p.grad for name, p in parameters.items()}
+
+    def taker(name: str) -> Callable[[Tensor], None]:
+        def taken(p: Tensor) -> None:
+            assert p.grad is not None
+            take(name, p.grad)
+            p.grad = None
+
+        return taken
+
+    for p in parameters.values():
+        p.grad = None
+    handles = [p.register_post_accumulate_grad_hook(taker(name)) for name, p in parameters.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, p in parameters.items():
+            p.grad = before[name]
+
+
+def gradients_into(sums: Vectors, parameters: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
+    """While entered, gradients are added to `sums`.
+
+    Those of half-precision weights are so summed over batches in float32: in bfloat16 a sum of 4000 is off by a third.
+    """
+    return each_gradient(parameters, lambda name, gradient: sums[name].add_(gradient))
+
+
+def add_gradient(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    loss: Loss,
+    batches: Iterable[Batch],
+    bf16: bool,
+    sums: Vectors,
+) -> dict[str, float]:
+    """Add the gradient of a loss over its whole set to `sums`; returns the loss's parts."""
+    device = next(iter(parameters.values())).device
+    parts = Parts()
+    with evaluating(model), gradients_into(sums, parameters):
+        for batch in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                found = loss(model, batch)
+            sum(found.values()).backward()  # type: ignore[union-attr]
+            parts.add(found)
+    over_processes(sums.values())
+    return parts.total(device)
+
+
+class Parts:
+    """Sums a loss's parts over batches and processes."""
+
+    def __init__(self) -> None:
+        self.sums = dict.fromkeys(("objective", "retain"), 0.0)
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        for name, value in parts.items():
+            self.sums[name] += value.item()
+
+    def total(self, device: torch.device) -> dict[str, float]:
+        values = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=device)
+        over_processes([values])
+        return dict(zip(self.sums, values.tolist(), strict=True))
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """The inner product of two tensors of one shape (of their shards here), the products formed and summed in float64."""
+    a, b = (local(x.detach()).flatten().split(CHUNK) for x in (a, b))
+    pieces = zip(a, b, strict=True)
+    return float(sum(x.double() @ y.to(x.device).double() for x, y in pieces))

@@ -1,0 +1,151 @@
+"""The forward-mode pass: how every label token's outputs change along the directions V, and from it many objectives at once.
+
+One forward pass carries the outputs' tangents (their change along each V). An objective is a function of the outputs, so
+its G-effect is its gradient with respect to them times the tangents: a small contraction for each objective and
+hyper-parameter. The pass costs 2 FLOP a parameter and token, and 4 more for each direction.
+
+Letters: M label tokens of the batch, D directions, V vocabulary, d hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from unlearn.geffect.risks import Directions
+from unlearn.objectives.loss import Loss
+from unlearn.objectives.tokens import Tokens, label_positions, token_outputs
+from unlearn.passes.batches import Batch
+
+Weights = dict[str, Tensor]
+OUTPUTS = ("nll", "logits", "hidden")  # of `Tokens`, what the model's weights change
+
+
+@dataclass(frozen=True)
+class Dual:
+    """A batch's label tokens and the tangents of their outputs, (D, M, ...) each."""
+
+    tokens: Tokens
+    tangents: dict[str, Tensor]
+
+
+class _Outputs(nn.Module):
+    """The label tokens' outputs as a module's, so that its parameters can be replaced by dual numbers."""
+
+    def __init__(self, model: nn.Module, batch: Batch, layer: int | None) -> None:
+        super().__init__()
+        self.model = model
+        self.batch, self.layer = batch, layer
+
+    def forward(self) -> dict[str, Tensor]:
+        tokens = token_outputs(self.model, self.batch, self.layer)
+        found = {name: getattr(tokens, name) for name in OUTPUTS}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@torch.no_grad()  # not inference_mode: tangents silently vanish there
+def token_tangents(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], directions: Directions, batch: Batch, layer: int | None = None
+) -> Dual:
+    """Run the model on a batch, in its weights' precision, with the tangents along each direction.
+
+    The directions share the pass's primal part (`vmap` over `jvp`), but where an operation can't: then each has its own.
+    """
+    outputs = _Outputs(model, batch, layer)
+    weights = {f"model.{name}": p.detach() for name, p in parameters.items()}
+    v = {name: directions[name.removeprefix("model.")].to(w) for name, w in weights.items()}
+
+    def run(w: Weights) -> dict[str, Tensor]:
+        return functional_call(outputs, w, ())
+
+    with torch.autocast(batch["labels"].device.type, enabled=False):
+        found, tangents = along_each(run, weights, v)
+    rows, width = batch["labels"].shape
+    tokens = Tokens(row=label_positions(batch["labels"]) // width, n_rows=rows, **found)
+    return Dual(tokens, tangents)
+
+
+def along_each(f: Callable[[Weights], Any], w: Weights, v: Weights) -> tuple[Any, Any]:
+    """f(w), and its changes along the stacked directions v, (D, ...). Attention takes the path that has a forward mode.
+
+    A path that an operation keeps from being differentiated twice may be dropped without an error: compare with the total.
+    """
+
+    def along(v: Weights) -> tuple[Any, Any]:
+        value, change = jvp(f, (w,), (v,))  # type: ignore[misc]
+        return value, change
+
+    with sdpa_kernel(SDPBackend.MATH), PaddingHeld():
+        try:
+            return vmap(along, out_dims=(None, 0))(v)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation without a forward mode, or one that `vmap` can't take apart
+            return by_transposes(f, w, v)
+
+
+@torch.enable_grad()
+def by_transposes(f: Callable[[Weights], Any], w: Weights, v: Weights) -> tuple[Any, Any]:
+    """The same by backward passes alone: J^T u is linear in u, and its transpose takes v to J v. It needs more memory."""
+    w = {name: x.detach().requires_grad_() for name, x in w.items()}
+    outputs, structure = tree_flatten(f(w))
+    changing = [y for y in outputs if y.requires_grad]
+    u = [torch.zeros_like(y, requires_grad=True) for y in changing]
+    pulled = torch.autograd.grad(changing, list(w.values()), u, create_graph=True, allow_unused=True)
+    used = {name: x for name, x in zip(w, pulled, strict=True) if x is not None}
+    n = len(next(iter(v.values())))
+    each = [torch.autograd.grad(list(used.values()), u, [v[x][d] for x in used], retain_graph=True) for d in range(n)]
+    found = iter(map(torch.stack, zip(*each, strict=True)))
+    changes = [next(found) if y.requires_grad else y.new_zeros((n, *y.shape)) for y in outputs]
+    return tree_unflatten([y.detach() for y in outputs], structure), tree_unflatten(changes, structure)
+
+
+class PaddingHeld(TorchFunctionMode):
+    """While entered, what is looked up at an embedding's `padding_idx` has no tangent, as it has no gradient.
+
+    Forward mode would let it change. It is held where it is looked up: what a module makes of it has a tangent, and so has a
+    head that is tied to the embedding. `zero`: it is 0, as where V is looked up in the weights' place.
+    """
+
+    def __init__(self, zero: bool = False) -> None:
+        super().__init__()
+        self.zero = zero
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is not F.embedding:
+            return output
+        given = inspect.signature(F.embedding).bind(*args, **kwargs).arguments
+        padding = given.get("padding_idx")
+        if padding is None:
+            return output
+        where = (given["input"] == padding % len(given["weight"])).unsqueeze(-1)
+        return torch.where(where, torch.zeros_like(output) if self.zero else output.detach(), output)
+
+
+def contract(loss: Loss, dual: Dual, batch: Mapping[str, Any]) -> Tensor:
+    """Each label token's share of the loss's G-effects, (D, M) float64.
+
+    The share is what the token's own outputs contribute: w_t J_t for an objective that weighs token losses.
+    """
+    leaves = {name: getattr(dual.tokens, name).detach().requires_grad_() for name in dual.tangents}
+    with torch.enable_grad():
+        parts = loss.of_tokens(replace(dual.tokens, **leaves), batch)
+        grads = torch.autograd.grad(sum(parts.values()), list(leaves.values()), allow_unused=True)  # type: ignore[arg-type]
+    shares = torch.zeros(dual.tangents["nll"].shape, dtype=torch.float64, device=dual.tokens.nll.device)
+    for name, grad in zip(leaves, grads, strict=True):
+        if grad is not None:
+            products = grad * dual.tangents[name]  # (D, M) or (D, M, ...)
+            shares += products.flatten(2).sum(2) if products.dim() > 2 else products
+    return shares

@@ -1,0 +1,95 @@
+"""Texts to token ids with labels on the answer, and rows to padded batches.
+
+Letters: B rows, T tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from unlearn.objectives.tokens import IGNORE
+
+Row = dict[str, Tensor]  # input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference
+
+
+def tokenize_pairs(
+    pairs: Sequence[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int = 500,
+    prompt_loss: int = 0,
+    special_tokens: bool | None = None,
+    places: Sequence[str] | None = None,
+) -> list[Row]:
+    """(prompt, answer) texts to token ids, with labels on the answer's tokens and one end-of-sequence token.
+
+    The boundary is a character offset of the one tokenised text: a token that reaches past it is the answer's.
+
+    Args:
+        max_length: tokens a row keeps at most.
+        prompt_loss: how many of the prompt's last characters count as answer.
+        special_tokens: whether the tokenizer adds its own; None: to texts that do not begin with them (as those of a chat
+            template do).
+        places: what to call each row in what is said of it; None: its number.
+
+    Raises:
+        ValueError: a row's prompt leaves no room for an answer, or the tokenizer has no end-of-sequence token or gives
+            no offsets.
+    """
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        raise ValueError(f"{tokenizer.name_or_path}: needs a fast tokenizer with an end-of-sequence token")
+    encoded = _encode([prompt + answer for prompt, answer in pairs], tokenizer, special_tokens)
+    rows = []
+    for number, (ids, ends) in enumerate(encoded, start=1):
+        boundary = len(pairs[number - 1][0]) - prompt_loss
+        rows.append(_to_row(ids, ends, boundary, tokenizer.eos_token_id, max_length))
+        if (rows[-1]["labels"] == IGNORE).all():
+            place = f"row {number}" if places is None else places[number - 1]
+            raise ValueError(f"{place}: its prompt alone fills max_length={max_length} tokens")
+    return rows
+
+
+Encoded = tuple[list[int], list[int]]  # a text's tokens, and the character behind each; 0 for those of no text
+
+
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool | None) -> list[Encoded]:
+    if special_tokens is None:
+        bare, full = (_encode(texts, tokenizer, special) for special in (False, True))
+        return [one if _begins_with_added(one, other) else other for one, other in zip(bare, full, strict=True)]
+    encoded = tokenizer(list(texts), add_special_tokens=special_tokens, return_offsets_mapping=True)
+    ends = ([end for _, end in offsets] for offsets in encoded["offset_mapping"])
+    return list(zip(encoded["input_ids"], ends, strict=True))
+
+
+def _begins_with_added(bare: Encoded, full: Encoded) -> bool:
+    """Whether the text itself begins with the tokens that the tokenizer adds at its front."""
+    of_no_text = [next((i for i, end in enumerate(ends) if end), len(ends)) for _, ends in (bare, full)]
+    added = full[0][: of_no_text[1] - of_no_text[0]]
+    return bool(added) and bare[0][: len(added)] == added
+
+
+def _to_row(ids: list[int], ends: list[int], boundary: int, eos: int, max_length: int) -> Row:
+    while ids and ids[-1] == eos and (ends[-1] == 0 or ends[-1] > boundary):  # the tokenizer's own, or the text's
+        ids, ends = ids[:-1], ends[:-1]
+    labels = [token if end > boundary else IGNORE for token, end in zip(ids, ends, strict=True)] + [eos]
+    labels[0] = IGNORE  # nothing stands before it to predict it from
+    return {"input_ids": torch.tensor([*ids, eos][:max_length]), "labels": torch.tensor(labels[:max_length])}
+
+
+def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
+    """Pad rows to the longest of them: `input_ids`, `attention_mask` and `labels`, each (B, T)."""
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    padded = {
+        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=value)
+        for key, value in (("input_ids", pad), ("labels", IGNORE))
+    }
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # by length: the end-of-sequence id may be the padding's
+    return padded | {"attention_mask": mask.long()}
+
+
+def counts(rows: Sequence[Row]) -> tuple[int, int]:
+    """Label tokens and rows."""
+    return sum(int((row["labels"] != IGNORE).sum()) for row in rows), len(rows)

@@ -1,0 +1,168 @@
+"""Greedy decoding, batched by length, with the model's cache; a row leaves the batch when it ends, where the cache allows it.
+
+Each token is the argmax, whatever the model's generation config says: of that only the end-of-sequence tokens count. Where
+teacher forcing has said how far greedy decoding follows the true answer, a row is decoded only from where it leaves it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from unlearn.models.adapters import has_virtual_tokens
+from unlearn.models.evaluating import unwrap
+from unlearn.objectives.rows import Row
+from unlearn.objectives.tokens import head_at
+from unlearn.passes.forcing import Forced, Pass, attends_alone, has_cache, over_batches, prompt_length
+
+MAX_LENGTH = 200  # prompt and answer, in tokens, as TOFU has it
+CACHES = ("past_key_values", "cache_params")  # what models call it (RWKV's `state` is wrong for more than a row)
+MORE = 4  # times a pass's rows are decoded at once: a step reads all weights for a token a row, however many rows there are
+
+
+def greedy_answers(
+    how: Pass,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    drafts: Sequence[Forced] | None = None,
+    max_length: int | None = MAX_LENGTH,
+    max_new_tokens: int | None = None,
+    what: str = "answers",
+) -> list[str]:
+    """What the model answers to each row's prompt, stripped.
+
+    Args:
+        drafts: what teacher forcing said of the rows' true answers; the texts are the same without.
+        max_length: of prompt and answer together, in tokens (one token is always decoded); None: as `max_new_tokens` says.
+        max_new_tokens: of the answer; None: as `max_length` says.
+    """
+    most = [n for n in (max_length, positions_of(how.model)) if n is not None]  # prompt and answer
+    limits = [_limit(prompt_length(row), most, max_new_tokens) for row in rows]
+    stops = stop_tokens(how.model, how.eos)
+    starts = [followed(draft) for draft in drafts] if drafts is not None else [[] for _ in rows]
+    done = [len(start) >= n or stops & set(start) for start, n in zip(starts, limits, strict=True)]
+    todo = [i for i, whole in enumerate(done) if not whole]
+    prefixes = [torch.cat([rows[i]["input_ids"][: prompt_length(rows[i])], torch.tensor(starts[i]).long()]) for i in todo]
+    rest = decode(how, prefixes, [limits[i] - len(starts[i]) for i in todo], what)
+    for i, tokens in zip(todo, rest, strict=True):
+        starts[i] = starts[i] + tokens
+    cut = [_until(start[:n], stops) for start, n in zip(starts, limits, strict=True)]
+    return [text.strip() for text in tokenizer.batch_decode(cut, skip_special_tokens=True)]
+
+
+def followed(draft: Forced) -> list[int]:
+    """The tokens of greedy decoding that teacher forcing tells: those of the answer, and the one that leaves it."""
+    return [*draft.labels[: draft.followed].tolist(), *draft.predicted[draft.followed : draft.followed + 1].tolist()]
+
+
+def decode(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], what: str = "decoding") -> list[list[int]]:
+    """The tokens that greedy decoding puts behind each prefix, `limits` of them at most; none after one that ends a text."""
+    if not prefixes:
+        return []
+    order = sorted(range(len(prefixes)), key=lambda i: -len(prefixes[i]))
+    stops = stop_tokens(how.model, how.eos)
+    with how.evaluating():
+        padded = attends_alone(how.model)
+        one = _decode_batch if padded else _decode_as_one
+        batches = _batches(prefixes, order, MORE * how.batch_size, padded)
+        found = over_batches(
+            how, batches, lambda batch: one(how, [prefixes[i] for i in batch], [limits[i] for i in batch], stops), what
+        )
+    return [found[i] for i in range(len(prefixes))]
+
+
+def stop_tokens(model: PreTrainedModel, eos: int) -> set[int]:
+    """What ends a text: the tokenizer's end-of-sequence token, and those of the model's generation config."""
+    config = getattr(unwrap(model), "generation_config", None)
+    more = getattr(config, "eos_token_id", None)
+    return {eos, *(more if isinstance(more, list) else [more] if more is not None else [])}
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens the model has positions for, where it says so."""
+    positions: int | None = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
+def _limit(prompt: int, most: Sequence[int], max_new_tokens: int | None) -> int:
+    bounds = [length - prompt for length in most]
+    bounds += [max_new_tokens] if max_new_tokens is not None else []
+    return max(1, min(bounds, default=MAX_LENGTH))
+
+
+def _until(tokens: list[int], stops: set[int]) -> list[int]:
+    return next((tokens[:i] for i, token in enumerate(tokens) if token in stops), tokens)
+
+
+def _pad_left(how: Pass, prefixes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and mask; padding on the left, where generation does not look."""
+    width = max(map(len, prefixes))
+    ids = torch.full((len(prefixes), width), how.pad)
+    mask = torch.zeros(len(prefixes), width, dtype=torch.long)
+    for i, prefix in enumerate(prefixes):
+        ids[i, width - len(prefix) :] = prefix
+        mask[i, width - len(prefix) :] = 1
+    return ids.to(how.model.device), mask.to(how.model.device)
+
+
+def _decode_batch(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int]) -> list[list[int]]:
+    model = unwrap(how.model)
+    ids, mask = _pad_left(how, prefixes)
+    positioned = "position_ids" in inspect.signature(model.forward).parameters
+    found: list[list[int]] = [[] for _ in prefixes]
+    alive = list(range(len(prefixes)))
+    cache = DynamicCache()
+    while alive:
+        last = torch.arange(1, len(alive) + 1, device=ids.device) * ids.shape[1] - 1
+        where = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positioned else {}
+        with head_at(model, last, ids.shape[1]):
+            out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
+        tokens = out.logits.squeeze(0).argmax(-1)  # (rows that are left,)
+        for row, token in zip(alive, tokens.tolist(), strict=True):
+            found[row].append(token)
+        stay = [i for i, row in enumerate(alive) if found[row][-1] not in stops and len(found[row]) < limits[row]]
+        if len(stay) < len(alive):
+            kept = torch.tensor(stay, device=ids.device, dtype=torch.long)
+            alive, tokens, mask = [alive[i] for i in stay], tokens[kept], mask[kept]
+            cache.batch_select_indices(kept)
+        ids = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+    return found
+
+
+def _decode_as_one(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int]) -> list[list[int]]:
+    """The same for a model that keeps more than keys and values, or nothing: no padding, and no row leaves.
+
+    The cache goes back in under the name that it comes out by; without one every step is a pass over all that there is.
+    """
+    model = unwrap(how.model)
+    ids = torch.stack(list(prefixes)).to(how.model.device)
+    positioned = "position_ids" in inspect.signature(model.forward).parameters
+    found: list[list[int]] = [[] for _ in prefixes]
+    cache: dict[str, Any] = {}
+    cached = has_cache(model)
+    while not all(len(row) >= n or stops & set(row) for row, n in zip(found, limits, strict=True)):
+        last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
+        width = len(prefixes[0]) + len(found[0])
+        where = {"position_ids": torch.arange(width, device=ids.device)[-ids.shape[1] :].expand_as(ids)} if positioned else {}
+        with head_at(model, last, ids.shape[1]):
+            out = model(input_ids=ids, use_cache=cached, **where, **cache)
+        tokens = out.logits.squeeze(0).argmax(-1)  # (rows,)
+        for row, token in zip(found, tokens.tolist(), strict=True):
+            row.append(token)
+        cache = {name: out[name] for name in CACHES if out.get(name) is not None and not has_virtual_tokens(model)}
+        ids = tokens[:, None] if cache else torch.cat([ids, tokens[:, None]], dim=1)
+    rows = [row[:n] for row, n in zip(found, limits, strict=True)]
+    return [[*(cut := _until(row, stops)), *row[len(cut) : len(cut) + 1]] for row in rows]
+
+
+def _batches(prefixes: Sequence[Tensor], order: Sequence[int], size: int, padded: bool) -> list[list[int]]:
+    """The row numbers, in order, `size` at most at once; of one length, where prefixes are not padded."""
+    groups = [list(order)] if padded else [list(group) for _, group in groupby(order, key=lambda i: len(prefixes[i]))]
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]

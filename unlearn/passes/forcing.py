@@ -1,0 +1,283 @@
+"""Teacher forcing: one forward pass over a row, and all that it says of the row's answer.
+
+Rows are dictionaries of `input_ids` and `labels`, each (T,), labels `IGNORE` on the prompt (see `objectives.rows`). A row that
+is given twice is passed once, and rows with the same prompt share the prompt's pass: the answers go on from its
+key-value cache. With P prompt tokens and answers of A_i, that is P + sum A_i tokens where row by row it is sum (P + A_i). With
+several processes the batches are split over them, and every process gets all results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from unlearn.models.adapters import has_virtual_tokens
+from unlearn.models.evaluating import evaluating, unwrap
+from unlearn.models.sharding import is_sharded
+from unlearn.objectives.rows import Row, collate
+from unlearn.objectives.tokens import IGNORE, head_at, token_outputs, widen
+
+Prompt = tuple[int, ...]
+KEPT = 2  # positions that some models keep for themselves
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What one pass says of a row's N label tokens: the answer's T, then end-of-sequence (a row that was cut lacks it).
+
+    Attributes:
+        labels: (N,) the tokens.
+        nll: (N,) nats, -log p of each.
+        predicted: (N,) the model's argmax in each one's place.
+        mean, variance: (N,) of log p over the vocabulary under the model's own distribution, or None.
+        ends: whether the last label is the end-of-sequence token.
+    """
+
+    labels: NDArray[np.int64]
+    nll: NDArray[Any]
+    predicted: NDArray[np.int64]
+    mean: NDArray[Any] | None
+    variance: NDArray[Any] | None
+    ends: bool
+
+    @property
+    def size(self) -> int:
+        """T, the answer's tokens."""
+        return len(self.labels) - self.ends
+
+    @property
+    def loss(self) -> float:
+        """The token mean, end-of-sequence counted, in nats."""
+        return float(self.nll.astype(np.float64).mean())
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """(T,) whether the argmax is the answer's token."""
+        return (self.labels == self.predicted)[: self.size]
+
+    @property
+    def followed(self) -> int:
+        """How many label tokens greedy decoding gives, from the first on, before it leaves the answer."""
+        wrong = np.flatnonzero(self.labels != self.predicted)
+        return int(wrong[0]) if len(wrong) else len(self.labels)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a model is run over rows: padding and end-of-sequence ids, autocast, rows a batch."""
+
+    model: PreTrainedModel
+    pad: int
+    eos: int
+    bf16: bool = False
+    batch_size: int = 16
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In eval mode, without gradients, under autocast where wanted."""
+        autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+        with evaluating(self.model, checkpointing=False), torch.no_grad(), autocast:
+            yield
+
+
+def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: str = "teacher forcing") -> list[Forced]:
+    """One `Forced` a row, float32 or wider on the CPU; `moments`: with mean and variance.
+
+    Raises:
+        ValueError: a row has no label token, or its first token has a label.
+    """
+    check_labels(rows, what)
+    distinct: dict[tuple[Prompt, Prompt], Row] = {}
+    keys = [(tuple(row["input_ids"].tolist()), tuple(row["labels"].tolist())) for row in rows]
+    for key, row in zip(keys, rows, strict=True):
+        distinct.setdefault(key, row)
+    once = list(distinct.values())
+    with how.evaluating():
+        share = shares_prompts(how.model)
+        prompts = [_prompt(row) if share else None for row in once]
+        found = over_batches(how, _plan(once, prompts, how.batch_size), _Measure(how, once, prompts, moments), what)
+    place = {key: i for i, key in enumerate(distinct)}
+    return [found[place[key]] for key in keys]
+
+
+def check_labels(rows: Sequence[Row], what: str) -> None:
+    """Raises ValueError where a row has no label token, or has its first token for one."""
+    for number, row in enumerate(rows, start=1):
+        if row["labels"][0] != IGNORE:
+            raise ValueError(
+                f"{what}: row {number} of {len(rows)}: its first token has a label, and nothing before it to tell it"
+            )
+        if (row["labels"] == IGNORE).all():
+            raise ValueError(f"{what}: row {number} of {len(rows)} has no label token: no answer, and no end of one")
+
+
+def check_fit(model: PreTrainedModel, rows: Sequence[Row], places: Sequence[str]) -> None:
+    """Raises ValueError where the model does not embed a row's token, or has no position for it; `places` names the rows."""
+    embedded = len(unwrap(model).get_input_embeddings().weight)
+    for place, row in zip(places, rows, strict=True):
+        if (token := int(row["input_ids"].max())) >= embedded:
+            raise ValueError(f"{place}: has the token {token}, and the model embeds {embedded}: 0 to {embedded - 1}")
+    positions = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+    length, longest = max(((len(row["input_ids"]), i) for i, row in enumerate(rows)), default=(0, 0))
+    if positions is None or length <= positions - KEPT:
+        return
+    try:  # rotary positions go on behind those that a model was made for
+        with torch.no_grad(), evaluating(model, checkpointing=False):
+            model(input_ids=rows[longest]["input_ids"][None].to(model.device), use_cache=False)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{places[longest]}: has {length} tokens, and the model positions for {positions}; max_length={positions} cuts rows"
+        ) from error
+
+
+def token_nlls(how: Pass, rows: Sequence[Row], what: str = "losses") -> list[Tensor]:
+    """For each row the nats of its label tokens, (label tokens,) on the CPU, under teacher forcing in eval mode."""
+    return [torch.from_numpy(forced.nll) for forced in teacher_force(how, rows, what=what)]
+
+
+def token_mean(nlls: Sequence[Tensor]) -> float:
+    """The mean over all tokens of all rows, in nats."""
+    return torch.cat(list(nlls)).double().mean().item()
+
+
+def over_batches(
+    how: Pass, batches: Sequence[list[int]], measure: Callable[[list[int]], Sequence[Any]], what: str
+) -> dict[int, Any]:
+    """`measure` on this process's share of the batches of row numbers; the results of all by row number.
+
+    A model in shards is run by all processes together: then each batch is every process's.
+    """
+    state = PartialState()
+    together = is_sharded(how.model)
+    mine = batches if together else batches[state.process_index :: state.num_processes]
+    found: list[tuple[int, Any]] = []
+    for batch in tqdm(mine, desc=what, disable=not state.is_main_process, leave=False):
+        found += zip(batch, measure(batch), strict=True)
+    return dict(found if together else gather_object(found))
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether the model's cache is keys and values of every position: then any number of answers can go on from one prompt."""
+    kinds = _cache_kinds(model)
+    return bool(kinds) and all(kind is DynamicLayer for kind in kinds)
+
+
+def attends_alone(model: PreTrainedModel) -> bool:
+    """Whether the model keeps nothing but keys and values, be it of a window: then a mask hides padding from all of it."""
+    kinds = _cache_kinds(model)
+    return bool(kinds) and all(kind in (DynamicLayer, DynamicSlidingWindowLayer) for kind in kinds)
+
+
+def has_cache(model: PreTrainedModel) -> bool:
+    """Whether the model runs with a cache: xLSTM's does not fit its own states."""
+    return _cache_kinds(model) != []
+
+
+def _cache_kinds(model: PreTrainedModel) -> list[type]:
+    """The classes of the layers of the model's cache; of one that is not made of such layers, its own; of a broken one none."""
+    try:
+        out = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
+    except Exception:
+        return []
+    cache = out.get("past_key_values")
+    own = type(cache) is DynamicCache and not has_virtual_tokens(model)
+    return [type(layer) for layer in cache.layers] if own else [type(cache)]
+
+
+def prompt_length(row: Row) -> int:
+    """Tokens before the first label; all of them where there is none."""
+    labelled = (row["labels"] != IGNORE).nonzero()
+    return int(labelled[0]) if len(labelled) else len(row["labels"])
+
+
+def _prompt(row: Row) -> Prompt | None:
+    """The tokens before the labels; None where not all that comes after them is labelled."""
+    start = prompt_length(row)
+    return tuple(row["input_ids"][:start].tolist()) if (row["labels"][start:] != IGNORE).all() else None
+
+
+def _plan(rows: Sequence[Row], prompts: Sequence[Prompt | None], batch_size: int) -> list[list[int]]:
+    """Row numbers in batches: those that share a prompt with others, by prompts of one length; and the rest, by length."""
+    groups: dict[Prompt, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault((-1 - i,) if prompt is None else prompt, []).append(i)
+    alone = [group[0] for group in groups.values() if len(group) == 1]
+    alone.sort(key=lambda i: -len(rows[i]["input_ids"]))
+    batches = [alone[i : i + batch_size] for i in range(0, len(alone), batch_size)]
+    together = [(len(prompt), max(len(rows[i]["input_ids"]) for i in group), group) for prompt, group in groups.items()]
+    last = None
+    for length, _, group in sorted((entry for entry in together if len(entry[2]) > 1), reverse=True):
+        if length == last and len(batches[-1]) + len(group) <= batch_size:
+            batches[-1] += group
+        else:
+            batches.append(list(group))
+        last = length
+    return batches
+
+
+class _Measure:
+    """A batch's rows to `Forced`: each prompt once where rows share it, else whole rows."""
+
+    def __init__(self, how: Pass, rows: Sequence[Row], prompts: Sequence[Prompt | None], moments: bool) -> None:
+        self.how, self.rows, self.prompts, self.moments = how, rows, prompts, moments
+
+    def __call__(self, batch: list[int]) -> list[Forced]:
+        rows = [self.rows[i] for i in batch]
+        labels = [row["labels"][row["labels"] != IGNORE] for row in rows]
+        prompts = [prompt for i in batch if (prompt := self.prompts[i]) is not None]
+        distinct = list(dict.fromkeys(prompts))
+        if len(prompts) == len(rows) and len(distinct) < len(rows):
+            logits = self._going_on(distinct, [distinct.index(prompt) for prompt in prompts], labels)
+        else:
+            inputs = {key: value.to(self.how.model.device) for key, value in collate(rows, self.how.pad).items()}
+            logits = token_outputs(self.how.model, inputs).logits
+        return self._of_logits(logits, labels)
+
+    def _going_on(self, prompts: list[Prompt], owner: list[int], labels: list[Tensor]) -> Tensor:
+        """(label tokens, V) logits of answers that go on from their prompts, all of one length P: (G, P), then (B, A - 1)."""
+        model = unwrap(self.how.model)
+        device, length = model.device, len(prompts[0])
+        ids = torch.tensor(prompts, device=device)
+        with head_at(model, torch.arange(1, len(prompts) + 1, device=device) * length - 1, length):
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        first = widen(out.logits.squeeze(0))[torch.tensor(owner, device=device)]  # (B, V)
+        answers = pad_sequence([label[:-1] for label in labels], batch_first=True, padding_value=self.how.pad).to(device)
+        if answers.shape[1] == 0:
+            return first
+        sizes = torch.tensor([len(label) - 1 for label in labels], device=device)
+        real = torch.arange(answers.shape[1], device=device) < sizes[:, None]
+        out.past_key_values.batch_select_indices(torch.tensor(owner, device=device))
+        mask = torch.cat([real.new_ones(len(labels), length), real], dim=1).long()
+        with head_at(model, real.flatten().nonzero().squeeze(1), answers.shape[1]):
+            later = model(input_ids=answers, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True).logits
+        rest = widen(later.squeeze(0)).split(sizes.tolist())
+        return torch.cat([part for one, others in zip(first, rest, strict=True) for part in (one[None], others)])
+
+    def _of_logits(self, logits: Tensor, labels: list[Tensor]) -> list[Forced]:
+        wanted = torch.cat(labels).to(logits.device)
+        log_p = logits.log_softmax(-1)
+        values = [-log_p.gather(1, wanted[:, None]).squeeze(1), logits.argmax(-1)]
+        if self.moments:
+            p = log_p.exp()
+            mean = (p * log_p).nan_to_num(0).sum(-1)  # 0 log 0 = 0
+            values += [mean, (p * (log_p - mean[:, None]) ** 2).nan_to_num(0).sum(-1)]
+        sizes = [len(label) for label in labels]
+        parts = [[part.numpy() for part in value.cpu().split(sizes)] for value in values]
+        parts += [[None] * len(labels)] * (4 - len(parts))
+        return [
+            Forced(label.numpy(), nll, predicted, mean, variance, bool(label[-1] == self.how.eos))
+            for label, nll, predicted, mean, variance in zip(labels, *parts, strict=True)
+        ]

@@ -1,0 +1,85 @@
+"""A set of questions put to a model: TOFU's log of it, in its own file format (see `unlearn.scores.tofu`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from unlearn.objectives.rows import Row
+from unlearn.passes.decoding import MAX_LENGTH, greedy_answers
+from unlearn.passes.forcing import Forced, Pass, prompt_length, teacher_force
+from unlearn.scores import definitions as scores
+
+Tokenize = Callable[[Sequence[Mapping[str, Any]]], list[Row]]
+
+
+def measure_task(
+    how: Pass,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    tokenize: Tokenize,
+    real: bool = False,
+    answers: bool = True,
+    max_length: int | None = MAX_LENGTH,
+    max_new_tokens: int | None = None,
+    what: str = "",
+    rouge_tokenizer: str = "ascii",
+) -> dict[str, Any]:
+    """One set's log: {key: {row: value}} as TOFU has it.
+
+    Args:
+        rows: each with `question` and `answer`, and where it has them `paraphrased_answer` and `perturbed_answer` (a list);
+            all answers are asked for by the same question.
+        tokenize: rows of question and answer to token ids with labels.
+        real: of the real-world sets: the probability among the candidates stands there, too.
+        answers: also what the model answers; without, the log has the losses, and empty texts.
+        max_length, max_new_tokens: of the greedy answers (see `greedy_answers`).
+        rouge_tokenizer: see `scores.rouge_recalls`; a row whose answer has no word for it has the recall None.
+    """
+    texts = [
+        [row["answer"], row.get("paraphrased_answer") or row["answer"], *(row.get("perturbed_answer") or ())] for row in rows
+    ]
+    asked = tokenize([dict(row) | {"answer": text} for row, of in zip(rows, texts, strict=True) for text in of])
+    forced = iter(teacher_force(how, asked, what=f"{what} losses"))
+    of_row = [[next(forced) for _ in of] for of in texts]
+    heads = [asked[i] for i in np.cumsum([0, *map(len, texts)])[:-1]]
+    drafts = [of[0] for of in of_row]
+    said = [""] * len(rows)
+    if answers:
+        said = greedy_answers(how, heads, tokenizer, drafts, max_length, max_new_tokens, what=f"{what} answers")
+    truths = [row["answer"] for row in rows]
+    prompts = tokenizer.batch_decode([row["input_ids"][: prompt_length(row)] for row in heads], skip_special_tokens=True)
+    log: dict[str, Sequence[Any]] = {
+        **_losses("gt", drafts),
+        **_losses("paraphrased", [of[1] for of in of_row]),
+        "generated_text": [list(three) for three in zip(prompts, said, truths, strict=True)],
+    }
+    if answers:
+        for kind, recalls in scores.rouge_recalls(said, truths, rouge_tokenizer).items():
+            log[f"{kind}_recall"] = [None if np.isnan(recall) else recall for recall in recalls]
+    if all(len(of) > 2 for of in of_row):
+        log |= _perturbed([of[1] for of in of_row], [of[2:] for of in of_row])
+        if real:
+            among = [scores.probability_among(of[0].loss, [x.loss for x in of[2:]]) for of in of_row]
+            log["normalized_gt_loss"] = [-float(np.log(p)) if p else float("inf") for p in among]
+    return {key: {str(i): value for i, value in enumerate(values)} for key, values in log.items()}
+
+
+def _losses(name: str, forced: Sequence[Forced]) -> dict[str, list[Any]]:
+    return {
+        f"avg_{name}_loss": [one.loss for one in forced],
+        f"{name}_loss": [one.loss * len(one.labels) for one in forced],
+        f"num_token_{name}": [len(one.labels) for one in forced],
+    }
+
+
+def _perturbed(correct: Sequence[Forced], wrong: Sequence[Sequence[Forced]]) -> dict[str, list[Any]]:
+    return {
+        "average_perturb_loss": [[one.loss for one in of] for of in wrong],
+        "perturb_loss": [[one.loss * len(one.labels) for one in of] for of in wrong],
+        "num_token_perturb": [[len(one.labels) for one in of] for of in wrong],
+        "truth_ratio": [scores.truth_ratio(c.loss, [x.loss for x in of]) for c, of in zip(correct, wrong, strict=True)],
+    }
