@@ -15,8 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from unlearn.geffect import sites
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -26,13 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import utils
 from dataloader import StepBatches
-from unlearn.geffect import meter, risks, tangents, tap
+from unlearn.geffect import meter, sites, tangents, tap
 from unlearn.geffect.meter import Meter
 from unlearn.geffect.target import Target, Wanted
 from unlearn.models import checkpoints
 from unlearn.objectives import functions as objectives
 from unlearn.objectives import tokens
 from unlearn.objectives.loss import Loss
+from unlearn.passes import batches as sets
 from unlearn.passes import decoding, forcing
 from unlearn.passes.batches import on
 from unlearn.training import trainer as training
@@ -157,7 +156,7 @@ PLANTED: dict[str, Callable[[], Any]] = {
     "rmu": lambda: patch.dict(globals(), NOISE=torch.device("cpu")),
     "instances": lambda: on_cpu(sites.Site, "along"),
     "positions": lambda: on_cpu(tap, "_row_dots"),
-    "plain": lambda: on_cpu(risks, "on"),
+    "plain": lambda: on_cpu(sets, "on"),
     "tokens": lambda: on_cpu(tangents, "label_positions"),
     "sweep": lambda: on_cpu(meter, "contract"),
     "offload": lambda: on_cpu(sites.Site, "along"),
