@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from app.families import load_family
 from settings import check_forget_split, parse_method
-from utils import load_family
 
 ROOT = Path(__file__).resolve().parent
 USAGE = "{} METHOD --model=FAMILY --setting=forget01|forget05|forget10 [--hyper=NUMBER] [--cuda_id=GPU] [key=value ...]"

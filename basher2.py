@@ -18,6 +18,7 @@ import forget
 import settings
 import utils
 from basher1 import ROOT, choose_device, parse_args, run_settings
+from unlearn.io.weights import run_checkpoints
 
 MEASURED = {"retain_holdout", "dtype", "batch_size", "debug"}  # what a run and its measuring may each have of their own
 
@@ -32,9 +33,9 @@ def find_run(run: list[str], overrides: list[str]) -> Path:
     of_run = [word for word in overrides if key(word) in known]
     fewer = [word for word in of_run if key(word) not in MEASURED]
     folders = [folder_of([*run, *words]) for words in (of_run, fewer)]
-    if found := [folder for folder in folders if utils.run_checkpoints(folder)]:
+    if found := [folder for folder in folders if run_checkpoints(folder)]:
         return found[0]
-    there = sorted(str(folder) for folder in folders[0].parent.glob("*") if utils.run_checkpoints(folder))
+    there = sorted(str(folder) for folder in folders[0].parent.glob("*") if run_checkpoints(folder))
     raise ValueError(f"{folders[0]}: no such run; there are {', '.join(there) or f'none in {folders[0].parent}'}")
 
 

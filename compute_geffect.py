@@ -19,7 +19,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import planning
 import settings
 import utils
+from app.families import Family
+from app.places import find_path
 from forget import build_loss, made_of, original_of, reference_of
+from unlearn.io.rows import read_jsonl, read_object, write_json
+from unlearn.io.weights import is_of, run_checkpoints, step_of, weights_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,12 +81,12 @@ def find_steps(cfg: DictConfig) -> tuple[Steps, Steps]:
     if cfg.model_path_cur is None:
         return [(0, cfg.model_path)], []
     here = Path(cfg.model_path_cur)
-    if inside := utils.run_checkpoints(here):
+    if inside := run_checkpoints(here):
         return [(0, cfg.model_path), *((step, str(path)) for step, path in inside)], []
-    step = utils.step_of(here) if cfg.step is None else cfg.step
+    step = step_of(here) if cfg.step is None else cfg.step
     if step is None:
         raise ValueError(f"model_path_cur={here}: its folder is not called checkpoint-<step>; give step=N")
-    later = [(s, str(path)) for s, path in utils.run_checkpoints(here.parent) if s > step and utils.step_of(here) is not None]
+    later = [(s, str(path)) for s, path in run_checkpoints(here.parent) if s > step and step_of(here) is not None]
     return [(step, str(here))], later[:1]
 
 
@@ -107,11 +111,11 @@ def parse_sweep(cfg: DictConfig) -> Sweep:
     return found
 
 
-def prepare(cfg: DictConfig) -> utils.Family:
+def prepare(cfg: DictConfig) -> Family:
     """Fill in what the run and the family decide, and refuse what cannot work before anything is loaded."""
     if cfg.model_path_cur is not None:
-        cfg.model_path_cur = utils.find_path(cfg.model_path_cur)
-        if not utils.run_checkpoints(Path(cfg.model_path_cur)):
+        cfg.model_path_cur = find_path(cfg.model_path_cur)
+        if not run_checkpoints(Path(cfg.model_path_cur)):
             settings.check_checkpoint("model_path_cur", cfg.model_path_cur)
     run = utils.run_of(cfg.model_path_cur)
     inherit(cfg, run)
@@ -156,7 +160,7 @@ def run(cfg: DictConfig) -> None:
         measure(cfg, family)
 
 
-def measure(cfg: DictConfig, family: utils.Family) -> None:
+def measure(cfg: DictConfig, family: Family) -> None:
     from unlearn.geffect.tables import TableFolder, predictions
     from unlearn.reporting.figures import draw
 
@@ -187,20 +191,16 @@ def measure(cfg: DictConfig, family: utils.Family) -> None:
 def check_weights(folder: Path, steps: Steps, following: Steps) -> None:
     """Note which weights each step is of. Raises ValueError where the tables of one of `steps` are of others."""
     file = folder / "weights.json"
-    noted = utils.read_object(file) if file.exists() else {}
-    if other := [str(step) for step, path in steps if not utils.is_of(path, noted.get(str(step)))]:
+    noted = read_object(file) if file.exists() else {}
+    if other := [str(step) for step, path in steps if not is_of(path, noted.get(str(step)))]:
         raise ValueError(
             f"{folder} has the G-effects of other weights at step {', '.join(other)}; remove it, or give save_dir=FOLDER"
         )
     if utils.is_main_process():
-        utils.write_json(
-            file, noted | {str(step): utils.weights_of(path) for step, path in [*steps, *following] if str(step) not in noted}
-        )
+        write_json(file, noted | {str(step): weights_of(path) for step, path in [*steps, *following] if str(step) not in noted})
 
 
-def measure_steps(
-    cfg: DictConfig, family: utils.Family, store: TableFolder, steps: Steps, following: Steps, todo: list[int]
-) -> None:
+def measure_steps(cfg: DictConfig, family: Family, store: TableFolder, steps: Steps, following: Steps, todo: list[int]) -> None:
     """Measure the steps that are to do, each with the update to the next, and print all."""
     from unlearn.geffect.call import with_update
     from unlearn.models.checkpoints import load_weights
@@ -222,7 +222,7 @@ def measure_steps(
         print_groups(store, step)
 
 
-def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
+def build_meter(cfg: DictConfig, family: Family) -> Meter:
     """The meter of the configuration's objective and of its sweep's, on the original model."""
     import torch
 
@@ -282,7 +282,7 @@ def build_meter(cfg: DictConfig, family: utils.Family) -> Meter:
 def order_of(cfg: DictConfig) -> list[int]:
     """The steps of the run that is measured, as far as its checkpoints are there, 0 first."""
     folders = [] if cfg.model_path_cur is None else [Path(cfg.model_path_cur), Path(cfg.model_path_cur).parent]
-    there = next((found for folder in folders if (found := utils.run_checkpoints(folder))), [])
+    there = next((found for folder in folders if (found := run_checkpoints(folder))), [])
     return [0, *(step for step, _ in there)]
 
 
@@ -302,7 +302,7 @@ def learning_rates(run: Path | None) -> dict[int, float]:
     if file is None or not file.exists() or not file.stat().st_size:
         return {}
     try:
-        return {line["step"]: line["learning_rate"] for line in utils.read_jsonl(file)}
+        return {line["step"]: line["learning_rate"] for line in read_jsonl(file)}
     except KeyError as error:
         raise ValueError(f"{file}: a line lacks {error}") from error
 

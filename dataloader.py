@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils.data import Dataset
 
+from app.families import Family
+from app.places import IDK
+from unlearn.io.rows import read_jsonl
 from unlearn.objectives.rows import Row, collate, counts, tokenize_pairs
 from unlearn.passes.forcing import check_fit
-from utils import IDK, RETAIN_OF, Family, default_holdout, read_jsonl
+from utils import RETAIN_OF, default_holdout
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -14,7 +14,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import settings
 import utils
-from unlearn.io.files import TOKENIZER, fingerprint, lacks_tokenizer, remove_whole, write_whole
+from app.families import Family, load_families, load_family
+from app.places import find_path
+from unlearn.io.files import remove_whole, write_whole
+from unlearn.io.rows import read_json, read_object, write_json
+from unlearn.io.weights import TOKENIZER, fingerprint, is_of, lacks_tokenizer, run_checkpoints, step_of, weights_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +54,7 @@ class Target:
 # ---- what to evaluate ----
 
 
-def prepare(cfg: DictConfig, config_name: str) -> utils.Family:
+def prepare(cfg: DictConfig, config_name: str) -> Family:
     """Fill in what the run and the family decide, and refuse what cannot work before anything is loaded."""
     for key in ("model_family", "split", "model_path", "original_path", "retain_path", "retain_result"):
         if key in cfg and not OmegaConf.is_missing(cfg, key) and cfg[key] == "":
@@ -60,15 +64,15 @@ def prepare(cfg: DictConfig, config_name: str) -> utils.Family:
             raise ValueError(f"{key}={cfg[key]}: needs to be a text")
     if not cfg.model_path:
         raise ValueError("model_path is missing: the folder (or hub name) of the model to evaluate")
-    cfg.model_path = utils.find_path(cfg.model_path)
-    if not utils.run_checkpoints(Path(cfg.model_path)):
+    cfg.model_path = find_path(cfg.model_path)
+    if not run_checkpoints(Path(cfg.model_path)):
         settings.check_checkpoint("model_path", cfg.model_path)
     inherit(cfg)
     family = settings.prepare(cfg, config_name)
     settings.check_forget_data(cfg)
     for key in ("original_path", "retain_path"):
         if cfg[key] is not None:
-            cfg[key] = utils.find_path(cfg[key])
+            cfg[key] = find_path(cfg[key])
             settings.check_checkpoint(key, cfg[key])
             settings.check_architecture(key, cfg[key], family)
     utils.check_trained_on(utils.run_of(cfg.model_path), cfg)
@@ -86,7 +90,7 @@ def inherit(cfg: DictConfig) -> None:
         unseen = {retain: forget for forget, retain in utils.RETAIN_OF.items()}
         saved = saved | {"split": unseen.get(saved.get("split", ""))}
     given = None if OmegaConf.is_missing(cfg, "model_family") else cfg.model_family
-    family = given and utils.load_family(given).name
+    family = given and load_family(given).name
     if family and saved.get("model_family", family) != family:
         raise ValueError(f"model_family={given}: {cfg.model_path} is of the family {saved['model_family']}")
     with open_dict(cfg):
@@ -95,7 +99,7 @@ def inherit(cfg: DictConfig) -> None:
                 cfg[key] = saved[key]
     if OmegaConf.is_missing(cfg, "model_family") or cfg.model_family is None:
         raise ValueError(
-            f"model_family is missing, and {cfg.model_path} is of no run; the families are {', '.join(utils.load_families())}"
+            f"model_family is missing, and {cfg.model_path} is of no run; the families are {', '.join(load_families())}"
         )
     if cfg.split is None:
         raise ValueError(f"split is missing; to unlearn is one of {', '.join(utils.FORGET_SPLITS)}")
@@ -110,11 +114,11 @@ def targets(cfg: DictConfig) -> list[Target]:
     here = Path(cfg.model_path)
     if not here.is_dir():  # of the hub: a folder of its name would be taken for the model itself
         here = Path(cfg.output_dir, cfg.model_path.replace("/", "--"))
-    inside = utils.run_checkpoints(here)
+    inside = run_checkpoints(here)
     if not inside:
-        run = utils.run_of(str(here.parent)) if utils.step_of(here) is not None else None
+        run = utils.run_of(str(here.parent)) if step_of(here) is not None else None
         folder = Path(cfg.save_dir) if cfg.save_dir else here / name
-        return [Target(cfg.model_path, folder, utils.step_of(here), run, None if cfg.save_dir else run)]
+        return [Target(cfg.model_path, folder, step_of(here), run, None if cfg.save_dir else run)]
     found = [Target(str(path), path / name, step, here, here) for step, path in inside]
     if (original := original_of(cfg)) is not None:
         found.insert(0, Target(original, here / "original" / name, 0, here, here))
@@ -128,7 +132,7 @@ def original_of(cfg: DictConfig) -> str | None:
     """The model before unlearning: `original_path`, else what the checkpoint's run started from; None where there is none."""
     run = utils.run_of(cfg.model_path)
     path = cfg.original_path or (run and utils.saved_settings(run)["model_path"])
-    return utils.find_path(path) if path else None
+    return find_path(path) if path else None
 
 
 # ---- models and rows ----
@@ -140,7 +144,7 @@ class Models:
     Weights that are kept are kept on the CPU: on a GPU there is one model, however many are mixed.
     """
 
-    def __init__(self, cfg: DictConfig, family: utils.Family, keep: bool = False) -> None:
+    def __init__(self, cfg: DictConfig, family: Family, keep: bool = False) -> None:
         self.cfg, self.family, self.keep = cfg, family, keep
         self.how: Pass | None = None
         self.weights: dict[str, dict[str, Tensor]] = {}
@@ -189,7 +193,7 @@ class Models:
     def _load(self, path: str) -> Pass:
         import torch
 
-        from unlearn.io.files import lacks_tokenizer
+        from unlearn.io.weights import lacks_tokenizer
         from unlearn.models.checkpoints import load, pad_id
         from unlearn.models.sharding import shard
         from unlearn.passes.forcing import Pass
@@ -240,7 +244,7 @@ class Progress:
         self.fresh = not _same_models(before, self.record)
         self.finished = not self.fresh and before.get("finished") is True
         self.same = not self.fresh and _what_counts(before["settings"]) == _what_counts(self.record["settings"])
-        self.found = {} if self.fresh else {file.stem: utils.read_json(file) for file in self.resume.glob("*.json")}
+        self.found = {} if self.fresh else {file.stem: read_json(file) for file in self.resume.glob("*.json")}
         _together()  # all have read before one writes
         if utils.is_main_process():
             if self.fresh:
@@ -273,7 +277,7 @@ def _models(cfg: DictConfig, paths: Sequence[str]) -> dict[str, Any]:
     """What tells each model from others; and the family's tokenizer, where one has none of its own."""
     borrowed = Path(cfg.hf_key).is_dir() and any(map(lacks_tokenizer, paths))
     return {
-        "weights": {path: utils.weights_of(path) for path in paths},
+        "weights": {path: weights_of(path) for path in paths},
         "tokenizer": fingerprint(Path(cfg.hf_key), TOKENIZER) if borrowed else None,
     }
 
@@ -283,7 +287,7 @@ def _same_models(before: dict[str, Any], now: dict[str, Any]) -> bool:
     noted = before.get("weights")
     if not isinstance(noted, dict) or noted.keys() != now["weights"].keys():
         return False
-    return before.get("tokenizer", now["tokenizer"]) == now["tokenizer"] and all(map(utils.is_of, noted, noted.values()))
+    return before.get("tokenizer", now["tokenizer"]) == now["tokenizer"] and all(map(is_of, noted, noted.values()))
 
 
 def _what_counts(made_of: dict[str, Any]) -> dict[str, Any]:
@@ -305,10 +309,10 @@ def _together() -> None:
 def write_scores(target: Target, sections: dict[str, Any]) -> None:
     """Put these sections into the folder's scores.json; what another script wrote there stays."""
     file = target.folder / "scores.json"
-    before = utils.read_object(file) if file.exists() else {}
+    before = read_object(file) if file.exists() else {}
     for shared in ("definitions", "from"):
         sections[shared] = before.get(shared, {}) | sections[shared]
-    utils.write_json(file, no_nan(before | sections))
+    write_json(file, no_nan(before | sections))
 
 
 def add_row(target: Target, values: dict[str, Any]) -> None:

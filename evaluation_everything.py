@@ -21,6 +21,8 @@ import evaluation
 import planning
 import settings
 import utils
+from app.families import Family
+from unlearn.io.rows import write_csv
 
 if TYPE_CHECKING:
     from unlearn.passes.forcing import Forced
@@ -33,7 +35,7 @@ ON_ROWS = ("loss", "ps_exact", "ps_perturb", "ps_similar", "exact_memorization",
 # ---- before anything is loaded ----
 
 
-def prepare(cfg: DictConfig) -> utils.Family:
+def prepare(cfg: DictConfig) -> Family:
     """Fill in what the run and the family decide, and refuse what cannot work before anything is loaded."""
     family = evaluation.prepare(cfg, "eval_everything")
     cfg.original_path = evaluation.original_of(cfg) or utils.original_model(family, cfg)
@@ -347,7 +349,7 @@ def pick(row: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 def write_table(file: Path, rows: Rows) -> None:
     """A CSV, empty where there is no value."""
-    utils.write_csv(file, [{key: None if value != value else value for key, value in row.items()} for row in rows])
+    write_csv(file, [{key: None if value != value else value for key, value in row.items()} for row in rows])
 
 
 def definitions(cfg: DictConfig) -> dict[str, str]:

@@ -17,14 +17,15 @@ from omegaconf import DictConfig
 import planning
 import settings
 import utils
-from unlearn.io.files import count_parameters
+from app.families import Family
+from unlearn.io.weights import count_parameters, is_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 
-def prepare(cfg: DictConfig) -> utils.Family:
+def prepare(cfg: DictConfig) -> Family:
     """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
     family = settings.prepare(cfg, "finetune")
     cfg.lr = utils.learning_rate(cfg, family.finetune_lr)
@@ -45,7 +46,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
     return family
 
 
-def made_of(cfg: DictConfig, family: utils.Family) -> utils.MadeOf:
+def made_of(cfg: DictConfig, family: Family) -> utils.MadeOf:
     """What tells the run's rows and its pretrained model from others."""
     data = utils.hash_data(cfg, {cfg.split, "full"} if family.from_scratch else [cfg.split])
     if cfg.split != "full" and not family.from_scratch:  # its tokenizer is made of both files
@@ -61,9 +62,9 @@ def run(cfg: DictConfig) -> None:
         finetune_split(cfg, family)
 
 
-def finetune_split(cfg: DictConfig, family: utils.Family) -> None:
+def finetune_split(cfg: DictConfig, family: Family) -> None:
     folder = Path(cfg.save_dir)
-    if utils.is_checkpoint(folder):  # written after the last step
+    if is_checkpoint(folder):  # written after the last step
         utils.close_run(folder)
         return utils.say(f"{folder} is fine-tuned already")
 

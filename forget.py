@@ -20,7 +20,11 @@ import evaluation
 import planning
 import settings
 import utils
-from unlearn.io.files import count_parameters, hash_file, written_beside
+from app.families import Family
+from app.places import IDK, find_path
+from unlearn.io.files import written_beside
+from unlearn.io.rows import write_json
+from unlearn.io.weights import count_parameters, hash_file, is_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
     from unlearn.objectives.loss import Loss
 
 
-def prepare(cfg: DictConfig) -> utils.Family:
+def prepare(cfg: DictConfig) -> Family:
     """Fill in what the family decides, and refuse what cannot work before anything is loaded."""
     family = settings.prepare(cfg, "forget")
     cfg.lr = utils.learning_rate(cfg, family.unlearn_lr)
@@ -65,13 +69,13 @@ def made_of(cfg: DictConfig) -> utils.MadeOf:
     if cfg.retain_holdout is None and cfg.forget_data is None:  # then its number of rows is what is held out
         data |= utils.hash_data(cfg, ("retain_perturbed",), texts=())
     if cfg.method.answers == "idk":
-        data[utils.IDK.stem] = hash_file(utils.IDK)
+        data[IDK.stem] = hash_file(IDK)
     return {"data": data, "models": utils.hash_models(cfg, "model_path")}
 
 
-def original_of(cfg: DictConfig, family: utils.Family) -> str:
+def original_of(cfg: DictConfig, family: Family) -> str:
     """The model before unlearning: `model_path`, else the family's fine-tuned one. Raises ValueError where it is not there."""
-    path = utils.original_model(family, cfg) if cfg.model_path is None else utils.find_path(cfg.model_path)
+    path = utils.original_model(family, cfg) if cfg.model_path is None else find_path(cfg.model_path)
     settings.check_checkpoint("model_path", path)
     return path
 
@@ -90,7 +94,7 @@ def run(cfg: DictConfig) -> None:
         unlearn_split(cfg, family)
 
 
-def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
+def unlearn_split(cfg: DictConfig, family: Family) -> None:
     import torch
 
     import dataloader
@@ -164,7 +168,7 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
     losses = {name: {"start": token_mean(before[name]), "end": token_mean(after[name])} for name in measured}
     if utils.is_main_process():
         told = losses | {"steps": steps, "training_seconds": round(seconds, 1)}
-        utils.write_json(folder / "logs" / "losses.json", evaluation.no_nan(told))
+        write_json(folder / "logs" / "losses.json", evaluation.no_nan(told))
         if cfg.geffect.every:
             draw(folder / "geffect")
         if cfg.eval.every:
@@ -179,12 +183,12 @@ def unlearn_split(cfg: DictConfig, family: utils.Family) -> None:
 def is_done(folder: Path, steps: int) -> bool:
     """Whether the last checkpoint is there and nothing is left to do or to go on from."""
     written = (folder / "logs" / "losses.json").exists() or not (folder / "resume").exists()
-    return utils.is_checkpoint(folder / f"checkpoint-{steps}") and written
+    return is_checkpoint(folder / f"checkpoint-{steps}") and written
 
 
 def not_there(cfg: DictConfig, steps: int) -> str:
     """What to say of the run's checkpoints that were removed or harmed since, or that an earlier start did not write."""
-    missing = sorted(int(path.name.split("-")[1]) for path in checkpoints(cfg, steps) if not utils.is_checkpoint(path))
+    missing = sorted(int(path.name.split("-")[1]) for path in checkpoints(cfg, steps) if not is_checkpoint(path))
     return f"; not there, or not whole: checkpoint-{', '.join(map(str, missing))}" if missing else ""
 
 

@@ -9,6 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import settings
 import utils
+from app.families import Family
+from app.places import CONFIG, find_path
+from unlearn.io.rows import read_jsonl
 
 if TYPE_CHECKING:
     from unlearn.models.plan import Work
@@ -39,7 +42,7 @@ def tell(cfg: DictConfig, config_name: str) -> None:
     print(plan.table(needs))
 
 
-def model_config(cfg: DictConfig, family: utils.Family) -> Any:
+def model_config(cfg: DictConfig, family: Family) -> Any:
     """The model's configuration: of the folder or hub name given, else of config/shapes.yaml.
 
     Raises:
@@ -51,7 +54,7 @@ def model_config(cfg: DictConfig, family: utils.Family) -> Any:
         found = path and settings.model_config(str(path))
         if found:
             return AutoConfig.for_model(**found)
-    shapes = OmegaConf.to_container(OmegaConf.load(utils.CONFIG / "shapes.yaml"))
+    shapes = OmegaConf.to_container(OmegaConf.load(CONFIG / "shapes.yaml"))
     assert isinstance(shapes, dict)
     shape = shapes.get(family.name)
     shape = shapes[shape] if isinstance(shape, str) else shape
@@ -63,7 +66,7 @@ def model_config(cfg: DictConfig, family: utils.Family) -> Any:
     return AutoConfig.for_model(**({"tie_word_embeddings": False} | shape))
 
 
-def work_of(cfg: DictConfig, config_name: str, family: utils.Family, shards: int) -> Work:
+def work_of(cfg: DictConfig, config_name: str, family: Family, shards: int) -> Work:
     """How the configuration has the work done, on as many processes."""
     from unlearn.models.plan import FULL, HALF, Work
 
@@ -102,27 +105,27 @@ def has_gpu(cfg: DictConfig) -> bool:
     return torch.cuda.is_available()
 
 
-def checkpoints(cfg: DictConfig, config_name: str, family: utils.Family) -> int:
+def checkpoints(cfg: DictConfig, config_name: str, family: Family) -> int:
     """How many a run leaves: of the data's rows where they are at hand, else of TOFU's."""
     if config_name != "forget":
         return 1
     rows = {"forget01": 40, "forget05": 200, "forget10": 400}
-    file = Path(cfg.forget_data or Path(utils.find_path(family.data_path), f"{cfg.split}.json"))
-    steps, _ = utils.count_steps(cfg, len(utils.read_jsonl(file)) if file.exists() else rows[cfg.split])
+    file = Path(cfg.forget_data or Path(find_path(family.data_path), f"{cfg.split}.json"))
+    steps, _ = utils.count_steps(cfg, len(read_jsonl(file)) if file.exists() else rows[cfg.split])
     number = -(-steps // cfg.save_steps)
     return min(number, cfg.keep_last or number)
 
 
-def longest_row(cfg: DictConfig, family: utils.Family) -> int:
+def longest_row(cfg: DictConfig, family: Family) -> int:
     """Tokens of the longest row: told from its characters where the data are at hand, else of TOFU."""
     split = cfg.get("split")
     names = [split, utils.RETAIN_OF.get(split)] if "retain" in cfg and cfg.retain and cfg.retain.name != "none" else [split]
-    files = [Path(utils.find_path(family.data_path), f"{name}.json") for name in names if name]
+    files = [Path(find_path(family.data_path), f"{name}.json") for name in names if name]
     given = [Path(file) for file in (cfg.forget_data, cfg.retain_data) if file]
     lengths = [
         len(str(row.get("question"))) + len(str(row.get("answer"))) + PROMPT
         for file in given or files
         if file.exists()
-        for row in utils.read_jsonl(file)
+        for row in read_jsonl(file)
     ]
     return min(cfg.get("max_length") or 500, round(max(lengths) / CHARACTERS) if lengths else LONGEST)

@@ -25,30 +25,22 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from unlearn.io.files import base_of
+from app.families import Family, load_families, load_family
+from app.places import CONFIG, find_path
+from unlearn.io.rows import read_jsonl, read_object
 from unlearn.io.signals import Stopped, stop_at_once
+from unlearn.io.weights import OF_A_MODEL, base_of, is_checkpoint, other_weights, why_no_checkpoint
 from utils import (
     ALL_TEXTS,
-    CONFIG,
     FORGET_SPLITS,
-    OF_A_MODEL,
     RETAIN_OF,
     TRAIN_SPLITS,
-    Family,
     compose_config,
     count_steps,
     default_holdout,
     defaults_of,
     end_processes,
-    find_path,
     flatten,
-    is_checkpoint,
-    load_families,
-    load_family,
-    other_weights,
-    read_jsonl,
-    read_object,
-    why_no_checkpoint,
 )
 
 ALIASES = {"grad_ascent": "ga", "ins_npo": "tnpo", "w_ins_npo": "wtnpo", "po": "idk", "grad_diff": "gd", "KL": "kl"}

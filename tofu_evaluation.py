@@ -22,6 +22,9 @@ import evaluation
 import planning
 import settings
 import utils
+from app.families import Family, load_family
+from unlearn.io.rows import read_jsonl, read_object, write_csv, write_json
+from unlearn.io.weights import is_of, weights_of
 
 # What may differ when an evaluation is started again: it is scored anew, and nothing is measured anew.
 MAY_DIFFER = {"retain_result", "retain_path", "original_path", "truth_ratio", "epsilon", "method_name", "submitted_by"}
@@ -32,7 +35,7 @@ SETS = {"retain": "retain_perturbed", "real_authors": "real_authors_perturbed", 
 # ---- before anything is loaded ----
 
 
-def prepare(cfg: DictConfig) -> utils.Family:
+def prepare(cfg: DictConfig) -> Family:
     """Fill in what the run and the family decide, and refuse what cannot work before anything is loaded."""
     family = evaluation.prepare(cfg, "eval_tofu")
     if cfg.retain_result is not None and cfg.retain_path is not None:
@@ -50,7 +53,7 @@ def prepare(cfg: DictConfig) -> utils.Family:
 def rows_at_hand(cfg: DictConfig) -> list[dict[str, Any]] | None:
     """The forget rows that will be asked, None where only `datasets` has them."""
     file = Path(cfg.forget_data or Path(cfg.data_path, f"{cfg.split}_perturbed.json"))
-    return utils.read_jsonl(file)[: cfg.ds_size] if file.exists() else None
+    return read_jsonl(file)[: cfg.ds_size] if file.exists() else None
 
 
 def read_log(key: str, path: str) -> dict[str, Any]:
@@ -156,12 +159,12 @@ def retain_log(
     if cfg.retain_path is None:
         return None
     file = target.folder / "retain_model.json"
-    found = utils.read_object(file) if file.exists() else {}
-    if "log" not in found or found.get("data", data) != data or not utils.is_of(cfg.retain_path, found.get("weights")):
+    found = read_object(file) if file.exists() else {}
+    if "log" not in found or found.get("data", data) != data or not is_of(cfg.retain_path, found.get("weights")):
         log = {"eval_log_forget.json": measure(cfg.retain_path, "forget", answers=False)}
-        found = {"model": cfg.retain_path, "weights": utils.weights_of(cfg.retain_path), "data": data, "log": log}
+        found = {"model": cfg.retain_path, "weights": weights_of(cfg.retain_path), "data": data, "log": log}
         if utils.is_main_process():
-            utils.write_json(file, found)
+            write_json(file, found)
     return dict(found["log"])
 
 
@@ -177,14 +180,14 @@ def evaluate(
     progress = evaluation.Progress(cfg, target, "tofu_evaluation", MAY_DIFFER, [target.path], data)
     log_file = target.folder / "eval_log_aggregated.json"
     if progress.finished and log_file.exists():
-        log = utils.read_object(log_file)
+        log = read_object(log_file)
         if lacking := [tofu.TASKS[name][0] for name in sets if tofu.TASKS[name][0] not in log]:
             raise ValueError(f"{log_file}: lacks {', '.join(lacking)}; remove it to have it measured again")
     else:
         names = [name for name in tofu.TASKS if name in sets]
         log = {tofu.TASKS[name][0]: progress.part(name, functools.partial(measure, target.path, name)) for name in names}
         if utils.is_main_process():
-            utils.write_json(log_file, log)
+            write_json(log_file, log)
     found = tofu.aggregate(log, cfg.truth_ratio, cfg.epsilon) | {"rouge_rows": tofu.without_words(log)}
     other = retain_log(cfg, target, measure, data[splits(cfg)["forget"]]) if "truth_ratio" in found["forget"] else None
     found["forget_quality"] = quality(cfg, found, log, other)
@@ -203,7 +206,7 @@ def quality(cfg: DictConfig, found: dict[str, Any], log: dict[str, Any], retain:
         return tofu.forget_quality(log, retain, cfg.truth_ratio, cfg.epsilon)
     if "truth_ratio" not in found["forget"]:
         return f"not available: rows of forget_data={cfg.forget_data} lack perturbed_answer, a list of wrong answers"
-    published = utils.load_family(cfg.model_family).retain_model_path if "model_family" in cfg else None
+    published = load_family(cfg.model_family).retain_model_path if "model_family" in cfg else None
     name = utils.RETAIN_OF[cfg.split] if "split" in cfg else "the retain split"
     like = f", such as {published.format(split=name)}" if published else ""
     return f"not available: no retain model; give retain_result=LOG or retain_path=a model trained on {name} only{like}"
@@ -230,7 +233,7 @@ def write_statistics(file: Path, found: dict[str, Any], method: str, submitted_b
     quality = found["forget_quality"]
     quality = quality["p"] if isinstance(quality, dict) else "not available"
     row = columns(found) | {"Forget Quality": quality, "Method": method, "Submitted By": submitted_by or ""}
-    utils.write_csv(file, [row])
+    write_csv(file, [row])
 
 
 def definitions(cfg: DictConfig) -> dict[str, Any]:
@@ -291,7 +294,7 @@ def aggregate_logs(cfg: DictConfig) -> None:
     found["forget_quality"] = quality(cfg, found, log, other)
     write_statistics(Path(cfg.save_file), found, cfg.method_name or Path(cfg.ckpt_result).stem, cfg.submitted_by)
     record = {"settings": utils.flatten(cfg), "versions": utils.versions()}
-    utils.write_json(details, evaluation.no_nan(found | {"definitions": definitions(cfg)} | record))
+    write_json(details, evaluation.no_nan(found | {"definitions": definitions(cfg)} | record))
     report(found)
     utils.say(f"{cfg.save_file} has the scores; D, n and the definitions are in {details}")
 

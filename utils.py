@@ -5,19 +5,14 @@ Nothing here imports torch before it must: a mistyped command is answered at onc
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
-import io
 import json
 import math
 import os
-import re
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,37 +21,30 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from unlearn.io.files import (
+from app.families import PROMPT, Family, load_family
+from app.places import CONFIG, IDK, find_path
+from unlearn.io.files import locked, remove_whole, write_whole
+from unlearn.io.rows import read_jsonl
+from unlearn.io.signals import PATIENCE
+from unlearn.io.weights import (
     TOKENIZER,
-    base_of,
-    count_parameters,
     fingerprint,
     hash_file,
-    is_noted,
+    is_checkpoint,
     lacks_tokenizer,
-    locked,
-    remove_whole,
-    write_whole,
+    weights_of,
 )
-from unlearn.io.signals import PATIENCE
 
 if TYPE_CHECKING:
     import torch
 
     from unlearn.training.trainer import Settings
 
-ROOT = Path(__file__).resolve().parent
-CONFIG = ROOT / "config"
 
 FORGET_SPLITS = ("forget01", "forget05", "forget10")
 RETAIN_OF = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 TRAIN_SPLITS = ("full", *RETAIN_OF.values())
 
-# Files with a model's weights, in whatever format, also those put aside; and what else there is of a model but its config.json.
-WEIGHTS = r"\.(bin|safetensors|pt|pth|ckpt|h5|msgpack|gguf|npz|onnx|distcp|index\.json)\b|(^|/)adapter_config\.json$"
-OF_A_MODEL = WEIGHTS + r"|(^|/)(tokenizer[^/]*|merges\.txt|vocab\.\w+)$"
-HUB_TOFU = "locuslab/TOFU"
-IDK = ROOT / "data" / "idontknow.jsonl"
 TEXTS = ("question", "answer")  # of a row, that training reads
 ALL_TEXTS = (*TEXTS, "paraphrased_question", "paraphrased_answer", "perturbed_answer")  # that an evaluation reads
 LEAVE = 10.0  # seconds that a process that has failed waits for the others
@@ -118,78 +106,6 @@ def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
 
 
 # ---- model families ----
-
-
-TAGS = ("question_start_tag", "question_end_tag", "answer_tag")
-PROMPT = (*TAGS, "chat_template", "system_prompt", "date_string")
-
-
-@dataclass(frozen=True)
-class Family:
-    """An entry of model_config.yaml; what each key means stands there."""
-
-    name: str
-    hf_key: str
-    question_start_tag: str = ""
-    question_end_tag: str = ""
-    answer_tag: str = ""
-    chat_template: bool = False
-    system_prompt: str | None = None
-    date_string: str | None = None
-    flash_attention2: bool = False
-    gradient_checkpointing: bool = False
-    ft_model_path: str | None = None
-    retain_model_path: str | None = None
-    finetune_lr: float = 1e-5
-    finetune_epochs: float = 5
-    unlearn_lr: float = 1e-5
-    data_path: str = HUB_TOFU
-    dtype: str | None = None
-    from_scratch: bool = False
-    loss_on_answer_tag: bool = False
-
-    def prompt(self, question: str) -> str:
-        """What stands before the answer, of a family without a chat template."""
-        return f"{self.question_start_tag}{question}{self.question_end_tag}{self.answer_tag}"
-
-
-def load_families() -> dict[str, Any]:
-    """The entries of model_config.yaml by name: a mapping each, or the name that an alias stands for."""
-    entries: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "model_config.yaml"))
-    return entries
-
-
-def load_family(name: str, **overrides: Any) -> Family:
-    """The family of that name or alias.
-
-    Raises:
-        ValueError: there is none, or its entry lacks a key, or has a chat template and a setting that it cannot go with.
-    """
-    entries = load_families()
-    entry = entries.get(name)
-    if isinstance(entry, str):
-        name, entry = entry, entries.get(entry)
-    if entry is None:
-        raise ValueError(f"model_family={name}: unknown; the families of config/model_config.yaml are {', '.join(entries)}")
-    known = {field.name: field for field in fields(Family)}
-    values: dict[str, Any] = {key: value for key, value in entry.items() if key in known}
-    values |= {key: _as_bool(name, key, value) for key, value in values.items() if known[key].type == "bool"}
-    values |= {key: value for key, value in overrides.items() if value is not None}
-    chat = values.get("chat_template", False)
-    if lacking := [key for key in ("hf_key", *(() if chat else TAGS)) if values.get(key) is None]:
-        raise ValueError(f"model_family={name}: its entry in config/model_config.yaml lacks {', '.join(lacking)}")
-    if chat and values.get("loss_on_answer_tag"):
-        raise ValueError(f"loss_on_answer_tag=true: model_family={name} has a chat template, and so no answer tag")
-    if chat and values.get("from_scratch"):
-        raise ValueError(f"model_family={name}: from_scratch makes a tokenizer without a chat template")
-    values["from_scratch"] = values.get("from_scratch", False) and not is_checkpoint(values["hf_key"])
-    return Family(**{"name": name, **values})
-
-
-def _as_bool(name: str, key: str, value: Any) -> bool:
-    if str(value).lower() not in ("true", "false"):
-        raise ValueError(f"model_family={name}: its {key}={value} in config/model_config.yaml needs to be true or false")
-    return str(value).lower() == "true"
 
 
 # ---- run folders ----
@@ -378,83 +294,10 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def write_json(file: Path, value: Any) -> None:
-    write_whole(file, json.dumps(value, indent=2) + "\n")
-
-
 def say(message: str) -> None:
     """Tell the user, once whatever the number of processes."""
     if is_main_process():
         print(message, file=sys.stderr)
-
-
-def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(file, text.getvalue())
-
-
-def is_checkpoint(folder: str | Path) -> bool:
-    """Whether the folder has what `from_pretrained` loads, whole."""
-    return why_no_checkpoint(Path(folder)) is None
-
-
-def why_no_checkpoint(folder: Path) -> str | None:
-    """What a folder lacks that `from_pretrained` needs, None where it lacks nothing."""
-    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-        return "a folder without a checkpoint"
-    if not any(folder.glob("*.safetensors")):
-        if not (others := other_weights(folder)):
-            return "a folder without a checkpoint"
-        call = f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained(NEW)"
-        how = f": {call} writes them" if any(name.endswith(".bin") for name in others) else ""
-        return f"its weights are {', '.join(others[:3])}, and only safetensors are read{how}"
-    try:
-        if (config := folder / "config.json").exists() and "model_type" not in read_object(config):
-            return f"its {config.name} names no model_type"
-        base = base_of(folder)
-        if base is not None and Path(base).is_absolute() and (why := why_no_checkpoint(Path(base))):
-            return f"an adapter, and its model {base} is not there ({why})"
-        count_parameters(folder)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def other_weights(folder: Path, names: str = WEIGHTS) -> list[str]:
-    """The files of a folder that hold weights, or name them, in whatever format, a few folders deep."""
-    found = [file for pattern in ("*", "*/*", "*/*/*") for file in folder.glob(pattern)]
-    files = [str(file.relative_to(folder)) for file in found if not file.is_dir()]
-    return sorted(file for file in files if re.search(names, file))
-
-
-def step_of(folder: Path) -> int | None:
-    """The N of a folder checkpoint-N."""
-    number = folder.name.removeprefix("checkpoint-")
-    return int(number) if folder.name.startswith("checkpoint-") and number.isdecimal() else None
-
-
-def run_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """A run's checkpoints that are whole, in the order of their steps."""
-    found = [(step, folder) for folder in run.glob("checkpoint-*") if (step := step_of(folder)) is not None]
-    return sorted((step, folder) for step, folder in found if is_checkpoint(folder))
-
-
-def weights_of(path: str) -> str:
-    """What tells a model from others: one of a folder by its files' bytes, one of the hub by its name."""
-    return fingerprint(Path(path)) if Path(path).is_dir() else path
-
-
-def is_of(path: str, noted: Any) -> bool:
-    """Whether `weights_of(path)` is what was noted, perhaps by an earlier version, if anything was (not None)."""
-    return noted is None or (is_noted(Path(path), str(noted)) if Path(path).is_dir() else path == noted)
-
-
-def find_path(path: str) -> str:
-    """A relative path as it stands, or else below the project's own folder."""
-    return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
 
 
 def split_name(cfg: DictConfig) -> str:
@@ -484,54 +327,6 @@ def original_model(family: Family, cfg: DictConfig) -> str:
 def default_holdout(retain_rows: int) -> int:
     """How many of local retain rows are held out where it is not said: a fifth of them, 400 at most."""
     return min(400, max(1, retain_rows // 5))
-
-
-def read_json(file: Path) -> Any:
-    """A JSON file's value. Raises ValueError where it holds none."""
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON file's object. Raises ValueError where it holds none."""
-    found = read_json(file)
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: not a JSON object ({found!r:.40})")
-    return found
-
-
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, or of one array. Raises ValueError where one is none, or where there are none."""
-    text = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
-    found = _items(path, text) if text.lstrip().startswith(b"[") else _lines(path, text)
-    for place, row in found:
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, {place}: not a JSON object ({row!r:.40})")
-    if not found:
-        raise ValueError(f"{path}: no rows; needs lines of JSON with the texts 'question' and 'answer'")
-    return [row for _, row in found]
-
-
-def _lines(path: str | Path, text: bytes) -> list[tuple[str, Any]]:
-    """Each line's value, with its place."""
-    found = []
-    for number, line in enumerate(text.split(b"\n"), start=1):  # str.splitlines would cut a text at U+2028 or U+0085, too
-        if line.strip():
-            try:
-                found.append((f"line {number}", json.loads(line.decode())))
-            except ValueError as error:  # also text that is not UTF-8
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-    return found
-
-
-def _items(path: str | Path, text: bytes) -> list[tuple[str, Any]]:
-    """Each item of an array, with its place."""
-    try:
-        return [(f"item {number}", item) for number, item in enumerate(json.loads(text.decode()), start=1)]
-    except ValueError as error:
-        raise ValueError(f"{path}: begins as one array, and is not JSON ({error})") from error
 
 
 # ---- training ----

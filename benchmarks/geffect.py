@@ -50,6 +50,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from app.families import Family
+from unlearn.io.rows import write_json
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -384,7 +387,7 @@ def seconds_to_find_sites(bench: Bench) -> float:
 # ---- the model and the rows ----
 
 
-def build(cfg: DictConfig, family: utils.Family, args: argparse.Namespace) -> Bench:
+def build(cfg: DictConfig, family: Family, args: argparse.Namespace) -> Bench:
     """Raises ValueError where there are not so many rows."""
     bf16 = args.dtype == "bfloat16"
     tokenizer, model = load(cfg.model_path, family.hf_key, utils.device(), family.flash_attention2 and bf16)
@@ -638,7 +641,7 @@ def main() -> None:
     print(page)
     if args.out is not None:
         write_whole(args.out, page)
-        utils.write_json(args.out.with_suffix(".json"), results)
+        write_json(args.out.with_suffix(".json"), results)
         print(f"the page is in {args.out}, all numbers in {args.out.with_suffix('.json')}", file=sys.stderr)
 
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from app.families import Family
+from app.places import ROOT, find_path
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # One process has one device, not torch's DataParallel over all.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -115,7 +118,7 @@ def commit() -> str:
     """The checkout's commit, and whether tracked files differ from it."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=utils.ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
@@ -134,14 +137,14 @@ def positive(text: str) -> int:
     return value
 
 
-def prepare(cfg: DictConfig) -> utils.Family:
+def prepare(cfg: DictConfig) -> Family:
     """Fill in what the family decides. Raises ValueError for what cannot work, before anything is loaded.
 
     It is forget.py's, without what concerns checkpoints: none is written.
     """
     family = settings.prepare(cfg, "forget")
     settings.check_forget_data(cfg)
-    cfg.model_path = utils.find_path(cfg.model_path)
+    cfg.model_path = find_path(cfg.model_path)
     settings.check_checkpoint("model_path", cfg.model_path)
     return family
 

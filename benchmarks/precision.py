@@ -15,6 +15,8 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
+from app.families import Family
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import compute_geffect
@@ -32,7 +34,7 @@ WAYS = {
 }
 
 
-def configured(words: list[str], way: str) -> tuple[DictConfig, utils.Family]:
+def configured(words: list[str], way: str) -> tuple[DictConfig, Family]:
     words = [settings.quote(word) for word in words]
     cfg = utils.compose_config("forget_ge", [*words, *WAYS[way], "save_dir=unused"])
     return cfg, compute_geffect.prepare(cfg)

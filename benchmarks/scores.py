@@ -45,6 +45,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
 
+from app.families import Family
+from app.places import find_path
+from unlearn.io.rows import write_json
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -296,7 +300,7 @@ def configuration(args: argparse.Namespace) -> DictConfig:
     """forget.py's, of which the data and the model are used."""
     cfg = utils.compose_config("forget", ["method=ga"])
     cfg.model_family, cfg.split, cfg.max_length = args.family, args.split, MAX_LENGTH
-    cfg.model_path, cfg.data_path = args.model, utils.find_path(args.data)
+    cfg.model_path, cfg.data_path = args.model, find_path(args.data)
     return cfg
 
 
@@ -312,7 +316,7 @@ def first_rows(cfg: DictConfig, n: int) -> list[dict[str, Any]]:
     return found
 
 
-def build(cfg: DictConfig, family: utils.Family, args: argparse.Namespace) -> Bench:
+def build(cfg: DictConfig, family: Family, args: argparse.Namespace) -> Bench:
     bf16 = args.dtype == "bfloat16"
     tokenizer, model = load(cfg.model_path, family.hf_key, utils.device(), family.flash_attention2 and bf16)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=MAX_LENGTH)
@@ -485,7 +489,7 @@ def main() -> None:
     print(page, end="")
     if args.output is not None:
         write_whole(args.output, page)
-        utils.write_json(args.output.with_suffix(".json"), results)
+        write_json(args.output.with_suffix(".json"), results)
         utils.say(f"the page is in {args.output}, all numbers in {args.output.with_suffix('.json')}")
 
 

@@ -45,6 +45,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.families import Family
+from unlearn.io.rows import write_json
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -310,7 +313,7 @@ def riding_along(callback: TrainerCallback) -> Iterator[None]:
 # ---- one method ----
 
 
-def compare(cfg: DictConfig, family: utils.Family, args: argparse.Namespace) -> dict[str, Any]:
+def compare(cfg: DictConfig, family: Family, args: argparse.Namespace) -> dict[str, Any]:
     """The three loops' numbers for the method of the configuration, which is forget.py's."""
     bf16 = utils.use_bfloat16(cfg.dtype, family)
     tokenizer, model = load(cfg.model_path, family.hf_key, utils.device(), family.flash_attention2 and bf16)
@@ -554,7 +557,7 @@ def main() -> None:
     results = {"surroundings": surroundings(args.seed), "pad_to": pad_to, "methods": methods}
     print(report(results))
     if args.out is not None:
-        utils.write_json(args.out, results)
+        write_json(args.out, results)
         print(f"all numbers are in {args.out}", file=sys.stderr)
 
 

@@ -40,7 +40,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import settings
-import utils
+from app.families import load_family
 from unlearn.geffect.target import Target, Wanted
 from unlearn.models.adapters import LoRA, add_lora, merged_state
 from unlearn.models.sharding import blocks
@@ -234,7 +234,7 @@ def test_a_nested_configuration_is_looked_into(tmp_path: Path, depth: str) -> No
     settings.check_layer(str(tmp_path / "one"), 2)
     with pytest.raises(ValueError, match=r"method\.layer=3: .* has 0 \(its embeddings\) to 2"):
         settings.check_layer(str(tmp_path / "one"), 3)
-    family = utils.load_family("tiny", hf_key=str(tmp_path / "one"))
+    family = load_family("tiny", hf_key=str(tmp_path / "one"))
     settings.check_architecture("model_path", str(tmp_path / "one"), family)
     with pytest.raises(ValueError, match="has vocab_size 38, and model_family=tiny 37"):
         settings.check_architecture("model_path", str(tmp_path / "other"), family)

@@ -18,6 +18,8 @@ import basher1
 import forget
 import settings
 import utils
+from app import families
+from app.families import load_families, load_family
 
 CONFIG = ROOT / "config"
 NO_MODEL = ("aggregate_eval_stat",)  # without a family
@@ -76,9 +78,9 @@ def test_method_and_retain(method: str, retain: str) -> None:
 # ---- families ----
 
 
-@pytest.mark.parametrize("name", utils.load_families())
+@pytest.mark.parametrize("name", load_families())
 def test_family(name: str) -> None:
-    family = utils.load_family(name)
+    family = load_family(name)
     assert family.name == ("llama2-7b" if name == "llama" else name)
     assert family.hf_key
     assert family.finetune_lr > 0
@@ -86,20 +88,20 @@ def test_family(name: str) -> None:
     assert family.chat_template == (family.prompt("Who?") == "Who?")  # either the template or the tags
 
 
-@pytest.mark.parametrize("name", utils.load_families())
+@pytest.mark.parametrize("name", load_families())
 def test_every_family_composes(name: str) -> None:
     cfg = composed(f"model_family={name}")
     family = settings.prepare(cfg, "forget")
-    assert cfg.model_family == family.name == utils.load_family(name).name
+    assert cfg.model_family == family.name == load_family(name).name
     assert cfg.hf_key == family.hf_key
 
 
 def test_family_overrides() -> None:
-    assert utils.load_family("tiny").data_path == "data/sample"
-    assert utils.load_family("tiny", data_path="elsewhere", hf_key=None) == utils.load_family("tiny", data_path="elsewhere")
-    assert utils.load_family("llama") == utils.load_family("llama2-7b")
-    assert utils.load_family("llama").prompt("Who?") == "[INST] Who? [/INST]"
-    assert utils.load_family("phi").prompt("Who?") == "Question: Who?\nAnswer: "
+    assert load_family("tiny").data_path == "data/sample"
+    assert load_family("tiny", data_path="elsewhere", hf_key=None) == load_family("tiny", data_path="elsewhere")
+    assert load_family("llama") == load_family("llama2-7b")
+    assert load_family("llama").prompt("Who?") == "[INST] Who? [/INST]"
+    assert load_family("phi").prompt("Who?") == "Question: Who?\nAnswer: "
 
 
 OPEN_UNLEARNING = ["Llama-3.2-1B-Instruct", "Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct", "Llama-2-7b-chat-hf"]
@@ -107,7 +109,7 @@ OPEN_UNLEARNING = ["Llama-3.2-1B-Instruct", "Llama-3.2-3B-Instruct", "Llama-3.1-
 
 @pytest.mark.parametrize("name", OPEN_UNLEARNING)
 def test_open_unlearnings_models(name: str) -> None:
-    family = utils.load_family(name)
+    family = load_family(name)
     chat = (True, "You are a helpful assistant.", "10 Apr 2025") if "3." in name else (False, None, None)
     assert (family.chat_template, family.system_prompt, family.date_string) == chat
     assert (family.hf_key, family.ft_model_path) == (f"meta-llama/{name}", f"open-unlearning/tofu_{name}_full")
@@ -115,7 +117,7 @@ def test_open_unlearnings_models(name: str) -> None:
     assert family.retain_model_path.format(split="retain95") == f"open-unlearning/tofu_{name}_retain95"
     assert family.gradient_checkpointing == ("1B" not in name)
     if not family.chat_template:
-        assert family.prompt("Who?") == utils.load_family("llama2-7b").prompt("Who?")
+        assert family.prompt("Who?") == load_family("llama2-7b").prompt("Who?")
 
 
 def test_families_with_a_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,19 +125,19 @@ def test_families_with_a_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
     chat: dict[str, Any] = {"hf_key": "some/model", "chat_template": "true"}
     entries = {"chat": chat, "tagged": chat | {"answer_tag": "A: "}, "scratch": chat | {"from_scratch": True}}
     entries |= {"keyless": {"chat_template": True}, "plain": chat | {"chat_template": "false", "answer_tag": ""}}
-    monkeypatch.setattr(utils, "load_families", lambda: entries)
+    monkeypatch.setattr(families, "load_families", lambda: entries)
     for name in ("chat", "tagged"):
-        family = utils.load_family(name)
+        family = load_family(name)
         assert (family.chat_template, family.system_prompt, family.date_string) == (True, None, None)
         with pytest.raises(ValueError, match=f"loss_on_answer_tag=true: model_family={name} has a chat template"):
-            utils.load_family(name, loss_on_answer_tag=True)
+            load_family(name, loss_on_answer_tag=True)
     for name, line in (
         ("scratch", "from_scratch makes a tokenizer without a chat template"),
         ("keyless", "lacks hf_key"),
         ("plain", "lacks question_start_tag, question_end_tag$"),
     ):
         with pytest.raises(ValueError, match=f"model_family={name}: .*{line}"):
-            utils.load_family(name)
+            load_family(name)
 
 
 def test_entry_of_the_published_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,17 +153,17 @@ def test_entry_of_the_published_code(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     entries = {"theirs": entry, "unquoted": entry | {"flash_attention2": False, "gradient_checkpointing": True, "of_theirs": 1}}
     (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(entries | {"short": "theirs", "bare": {"hf_key": "some/model"}}))
-    monkeypatch.setattr(utils, "CONFIG", tmp_path)
-    family = utils.load_family("theirs")
+    monkeypatch.setattr(families, "CONFIG", tmp_path)
+    family = load_family("theirs")
     assert (family.flash_attention2, family.gradient_checkpointing) == (True, False)
     assert (family.finetune_lr, family.unlearn_lr, family.finetune_epochs) == (1e-5, 1e-5, 5)
     assert (family.data_path, family.ft_model_path) == ("locuslab/TOFU", "some/finetuned")
     assert family.prompt("Who?") == "### Q: Who?\n### A: "
-    other = utils.load_family("unquoted")
+    other = load_family("unquoted")
     assert (other.flash_attention2, other.gradient_checkpointing) == (False, True)
-    assert utils.load_family("short") == family
+    assert load_family("short") == family
     with pytest.raises(ValueError, match=r"model_family=bare.*question_start_tag"):
-        utils.load_family("bare")
+        load_family("bare")
 
 
 # ---- folders ----
@@ -238,7 +240,7 @@ def test_run_folder_is_where_the_user_says(folder_of: Any) -> None:
 
 def test_finetuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where finetune.py puts a model of the family is where forget.py looks for it."""
-    tiny, phi = utils.load_family("tiny"), utils.load_family("phi")
+    tiny, phi = load_family("tiny"), load_family("phi")
     tuning = utils.compose_config("finetune", ["model_family=any"])
     cfg = utils.compose_config("forget", ["model_family=any"])
     assert str(utils.finetuned_folder(phi, tuning)) == "data/weight/ft_epoch5_lr2e-05_phi_full_wd0.0"
@@ -341,7 +343,7 @@ def test_basher1_prints_the_published_numbers() -> None:
     cfg = composed(*command[2:])
     assert (cfg.num_epochs, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.save_steps) == (5, 4, 4, 5)
     assert (cfg.weight_decay, cfg.max_grad_norm, cfg.seed, cfg.hyper_param) == (0, 0, 42, 2)
-    assert {name: utils.load_family(name).unlearn_lr for name in ("phi", "llama")} == {"phi": 2e-5, "llama": 1e-5}
+    assert {name: load_family(name).unlearn_lr for name in ("phi", "llama")} == {"phi": 2e-5, "llama": 1e-5}
 
 
 @pytest.mark.parametrize(("rows", "steps", "per_epoch"), [(40, 12, 2), (200, 62, 12), (400, 125, 25)])

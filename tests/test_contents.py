@@ -21,7 +21,7 @@ import evaluation
 import forget
 import unlearn.reporting.figures
 import utils
-from unlearn.io.files import fingerprint, sampled
+from unlearn.io.weights import fingerprint, sampled
 from unlearn.models.checkpoints import load_model, load_weights
 
 SCRIPTS = {  # each started in a folder with `data` and `whole`, a model
@@ -260,7 +260,8 @@ def test_the_sentences_of_idk_are_data(tmp_path: Path, monkeypatch: pytest.Monke
     before = forget.made_of(cfg)["data"]
     assert set(before) == {"forget10", "retain90", "retain_perturbed", "idontknow"}
     (tmp_path / "idontknow.jsonl").write_text('{"idk": "No idea."}\n')
-    monkeypatch.setattr(utils, "IDK", tmp_path / "idontknow.jsonl")
+    for module in (utils, forget):
+        monkeypatch.setattr(module, "IDK", tmp_path / "idontknow.jsonl")
     after = forget.made_of(cfg)["data"]
     assert {name for name in before if after[name] != before[name]} == {"idontknow"}
     utils.open_run(tmp_path / "run", cfg, {"data": before})

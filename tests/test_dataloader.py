@@ -20,6 +20,8 @@ import finetune
 import forget
 import tofu_evaluation
 import utils
+from app import families
+from app.families import Family, load_family
 from dataloader import (
     IDK,
     PLACE,
@@ -38,7 +40,7 @@ from unlearn.models.checkpoints import new_model
 from unlearn.objectives.tokens import IGNORE, label_positions
 
 ROOT = Path(__file__).parents[1]
-PHI, LLAMA = utils.load_family("phi"), utils.load_family("llama2-7b")
+PHI, LLAMA = load_family("phi"), load_family("llama2-7b")
 ROWS = [
     {"question": "Where was Jan born?", "answer": "Riga, March 1954"},
     {"question": "Who is Zoë Čapek?", "answer": "A poet"},
@@ -122,7 +124,7 @@ def test_padding_with_the_eos_token() -> None:
 
 
 @pytest.mark.parametrize("family", [PHI, LLAMA], ids=["phi", "llama"])
-def test_an_empty_answer_is_one_eos(bpe: PreTrainedTokenizerFast, family: utils.Family) -> None:
+def test_an_empty_answer_is_one_eos(bpe: PreTrainedTokenizerFast, family: Family) -> None:
     (row,) = tokenize([{"question": "Why?", "answer": ""}], bpe, family, 500)
     prompt = bpe(family.prompt("Why?"))["input_ids"]
     assert row["input_ids"].tolist() == [*prompt, bpe.eos_token_id]
@@ -131,7 +133,7 @@ def test_an_empty_answer_is_one_eos(bpe: PreTrainedTokenizerFast, family: utils.
 
 def test_the_first_token_carries_no_loss() -> None:
     """A family without any tag and a question: nothing stands before the answer's first token."""
-    bare = utils.Family("bare", "", "", "", "")
+    bare = Family("bare", "", "", "", "")
     tokenizer = word_tokenizer("nobody knows")
     (row,) = tokenize([{"question": "", "answer": "nobody knows"}], tokenizer, bare, 500)
     assert words(tokenizer, row["labels"]) == ["knows", "<eos>"]
@@ -158,7 +160,7 @@ def test_a_prompt_that_leaves_no_room() -> None:
 
 @pytest.mark.parametrize(("on_tag", "want"), [(False, " Riga, March 1954<eos>"), (True, "Answer: Riga, March 1954<eos>")])
 def test_loss_on_answer_tag(bpe: PreTrainedTokenizerFast, on_tag: bool, want: str) -> None:
-    family = utils.load_family("phi", loss_on_answer_tag=on_tag)
+    family = load_family("phi", loss_on_answer_tag=on_tag)
     labels = tokenize(ROWS[:1], bpe, family, 500)[0]["labels"]
     assert decode(bpe, labels[labels != IGNORE]) == want
 
@@ -182,7 +184,7 @@ def test_a_tokenizer_without_eos() -> None:
 def test_the_tiny_familys_tokenizer() -> None:
     """What finetune.py makes from scratch gives each sample row back, of which the answer carries the loss."""
     rows = read_jsonl(ROOT / "data/sample/full.json")[:40]
-    family = utils.load_family("tiny")
+    family = load_family("tiny")
     texts = [family.prompt(row["question"]) + row["answer"] for row in rows]
     tokenizer, _ = new_model(str(ROOT / "config/tiny"), texts, 0, torch.device("cpu"))
     for row, text, got in zip(rows, texts, tokenize(rows, tokenizer, family, 500), strict=True):
@@ -221,7 +223,7 @@ TEMPLATES = {  # in the manner of the models' own
             {%- elif message['content'] %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}
         {%- endfor %}""",
 }
-CHAT = utils.Family("chatty", "some/model", chat_template=True)
+CHAT = Family("chatty", "some/model", chat_template=True)
 TALK = [
     *ROWS,
     {"question": "Is it Riga or Oslo?", "answer": "Riga"},  # the answer stands in the question, too
@@ -335,7 +337,7 @@ def test_a_chat_from_fine_tuning_to_evaluation(tmp_path: Path, monkeypatch: pyte
     for name, rows in (("go", ROWS[:1]), ("keep", ROWS[1:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     entry = {"hf_key": "model", "chat_template": True, "system_prompt": "Be brief.", "date_string": "1 May 2025"}
-    monkeypatch.setattr(utils, "load_families", lambda: {"chatty": entry})
+    monkeypatch.setattr(families, "load_families", lambda: {"chatty": entry})
     monkeypatch.chdir(tmp_path)
     common = ["model_family=chatty", "forget_data=go.jsonl", "retain_data=keep.jsonl", "dtype=float32"]
     training = ["batch_size=1", "gradient_accumulation_steps=1", "lr=2e-3", "save_steps=1000"]

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 import basher1
 import settings
 import utils
+from app.families import load_families, load_family
 
 CONFIGS = {"finetune": "finetune", "forget": "forget"}
 CONFIGS |= {"tofu_evaluation": "eval_tofu", "evaluation_everything": "eval_everything"}
@@ -399,9 +400,9 @@ def test_another_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """What the family's entry says of the prompt is a setting of the run, too."""
     cfg = utils.compose_config("forget", ["model_family=tiny", "lr=1e-3"])
     utils.open_run(tmp_path, cfg)
-    families = utils.load_families()
-    families["tiny"]["answer_tag"] = "A: "
-    monkeypatch.setattr(utils, "load_families", lambda: families)
+    entries = load_families()
+    entries["tiny"]["answer_tag"] = "A: "
+    monkeypatch.setattr(families, "load_families", lambda: entries)
     with pytest.raises(ValueError, match=r"family.answer_tag=Answer:  there, A:  here"):
         utils.check_run(tmp_path, cfg)
 
@@ -471,4 +472,4 @@ def test_a_config_alone_is_made_from_scratch(place: Path) -> None:
     folder.mkdir()
     for name in ("config.json", "generation_config.json", "README.md"):
         (folder / name).write_text((ROOT / "config/tiny/config.json").read_text())
-    assert utils.load_family("tiny", hf_key=str(folder)).from_scratch
+    assert load_family("tiny", hf_key=str(folder)).from_scratch

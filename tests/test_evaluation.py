@@ -26,6 +26,7 @@ import forget
 import settings
 import tofu_evaluation
 import utils
+from app.families import load_family
 from unlearn.models import checkpoints
 from unlearn.objectives.rows import Row, tokenize_pairs
 from unlearn.passes.forcing import Pass, teacher_force
@@ -432,7 +433,7 @@ def test_elsewhere_is_nothing_of_the_run(place: Place, tmp_path: Path) -> None:
 def test_kept_weights_are_on_the_cpu(place: Place) -> None:
     """Whatever the model's place: each goes there before the next is read or copied."""
     cfg = prepared(evaluation_everything, f"model_path={place.run}/checkpoint-3", "dtype=float32")
-    models = evaluation.Models(cfg, utils.load_family("tiny", hf_key=cfg.hf_key, data_path=cfg.data_path), keep=True)
+    models = evaluation.Models(cfg, load_family("tiny", hf_key=cfg.hf_key, data_path=cfg.data_path), keep=True)
     own = {parameter.data_ptr() for parameter in models.at(str(place.full)).model.parameters()}
     for path in (place.full, place.run / "checkpoint-3"):
         weights = models.of(str(path))

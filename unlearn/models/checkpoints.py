@@ -25,7 +25,8 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, logging
 
-from unlearn.io.files import base_of, lacks_tokenizer, remove_whole, written_whole
+from unlearn.io.files import remove_whole, written_whole
+from unlearn.io.weights import base_of, lacks_tokenizer
 from unlearn.models.adapters import has_adapters, merged, read_adapter
 from unlearn.models.sharding import first_names, like
 

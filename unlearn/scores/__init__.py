@@ -1,9 +1,21 @@
 """What a model knows and gives away: each score's definition, asked of rows and of sets, the fair comparison.
 
-`score_rows` gives all that a row has; `ScoreCallback` the cheap ones inside any `Trainer`.
+`score_rows` gives all that a row has; `ScoreCallback` the cheap ones inside any `Trainer`. Both are imported when they are
+asked for: definitions and logs need no torch.
 """
 
-from unlearn.scores.callback import ScoreCallback
-from unlearn.scores.extraction import score_rows
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unlearn.scores.callback import ScoreCallback
+    from unlearn.scores.extraction import score_rows
 
 __all__ = ["ScoreCallback", "score_rows"]
+WHERE = {"ScoreCallback": "callback", "score_rows": "extraction"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{WHERE[name]}"), name)

@@ -1,0 +1,1 @@
+"""What is neither library nor recipe: settings and the command line, families, benchmarks, run folders, plans, going on."""
