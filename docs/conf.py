@@ -70,7 +70,7 @@ def as_called(app: Any, what: str, name: str, of: Any, options: Any, args: str |
     if found[0] and what == "class":  # defaults that are no Python
         found[0] = found[0].replace("<factory>", "...").replace("<class 'str'>", "str")
     if found[0] and name.startswith("unlearn.objectives.") and hasattr(of, "__wrapped__"):
-        found[0] = found[0].replace("tokens: Tokens", "tokens: Tokens, counts: Counts", 1)
+        found[0] = re.sub(r"^\(tokens: ([~\w.]*)Tokens", r"\g<0>, counts: \1Counts", found[0])
     return tuple(found)
 
 
