@@ -51,7 +51,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 # The site of docs/, in docs/_build/html: a warning, or a link to nothing in here, is an error.
-SPHINX = $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet
+SPHINX = $(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet
 docs: setup
 	$(SPHINX) -b html docs docs/_build/html
 	@echo "The site is docs/_build/html/index.html"

@@ -26,6 +26,7 @@ default_role = "code"  # of the docstrings' single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
+autodoc_default_options = {"special-members": "__call__"}
 autodoc_preserve_defaults = True
 ALIASES = (
     *("ArrayLike", "Batch", "Curve", "Directions", "Log", "Objective", "Prompt", "Publish", "Row", "Rows", "Series"),
@@ -34,6 +35,7 @@ ALIASES = (
 autodoc_type_aliases = {name: name for name in ALIASES}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature has them
 
 nitpicky = True  # but for what these pages do not have: other packages' classes, aliases of types, private classes
 nitpick_ignore_regex = [("py:.*", rf"(?!unlearn\.).*\..*|{'|'.join(ALIASES)}|Tensor|.*\._\w+")]
@@ -65,8 +67,10 @@ def as_rst(app: Any, what: str, name: str, of: Any, options: Any, lines: list[st
 
 
 def as_called(app: Any, what: str, name: str, of: Any, options: Any, args: str | None, returns: str | None) -> Any:
-    """An alias within a type stands there as its name alone; a weight made into an objective takes its counts too."""
+    """Aliases within a type stand there as their names alone; a weight made into an objective takes its counts too."""
+    array = re.compile(r"~numpy\.ndarray\[tuple\[~typing\.Any, \.\.\.\], ~numpy\.dtype\[([~\w.]+)\]\]")
     found = [part and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", part) for part in (args, returns)]
+    found = [part and array.sub(r"~numpy.typing.NDArray[\1]", part) for part in found]
     if found[0] and what == "class":  # defaults that are no Python
         found[0] = found[0].replace("<factory>", "...").replace("<class 'str'>", "str")
     if found[0] and name.startswith("unlearn.objectives.") and hasattr(of, "__wrapped__"):
