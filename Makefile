@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup demo plan test check format clean
+.PHONY: setup demo plan test check format docs links clean
 
 setup: .venv/ready
 
@@ -50,5 +50,15 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The site of docs/, in docs/_build/html: a warning, or a link to nothing in here, is an error.
+SPHINX = $(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet
+docs: setup
+	$(SPHINX) -b html docs docs/_build/html
+	@echo "The site is docs/_build/html/index.html"
+
+# Whether the links that lead elsewhere still do: needs a network.
+links: setup
+	$(SPHINX) -b linkcheck docs docs/_build/linkcheck
+
 clean:
-	rm -rf .venv icml data/weight
+	rm -rf .venv icml data/weight docs/_build

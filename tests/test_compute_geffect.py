@@ -368,12 +368,11 @@ def test_measured_in_two_training_processes(place: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory'")  # of a Trainer on a CPU
-def test_the_readmes_examples_run_in_an_empty_folder(
+def test_the_library_pages_examples_run_in_an_empty_folder(
     young: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (ROOT / "README.md").read_text().partition("## The library")[2].partition("\n## ")[0]
-    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 3
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
+    assert len(examples) == 5
     for number, example in enumerate(examples):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -381,7 +380,7 @@ def test_the_readmes_examples_run_in_an_empty_folder(
         (folder / "example.py").write_text(example)
         monkeypatch.chdir(folder)
         runpy.run_path("example.py", run_name="__main__")
-        assert ("unlearn", "unlearn", "ps_exact")[number] in capsys.readouterr().out
+        assert ("unlearn", "geffect", "unlearn", "ps_exact", "forget_ps_exact")[number] in capsys.readouterr().out
 
 
 Pair = tuple[str, str]
