@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 import basher1
 import settings
 import utils
+from app import families
 from app.families import load_families, load_family
 
 CONFIGS = {"finetune": "finetune", "forget": "forget"}
