@@ -40,54 +40,30 @@ Who is favoured by what:
 from __future__ import annotations
 
 import argparse
-import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from app.families import Family
-from unlearn.io.rows import write_json
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-import torch.nn.functional as F
-from measuring import (
-    attention,
-    flop_counter,
-    matrix_speed,
-    now,
-    padded,
-    positive,
-    prepare,
-    ratio,
-    reached,
-    reset_peak,
-    spread,
-    surroundings,
-    target_line,
-    where_lines,
-)
-from torch import Tensor
+from geffect_page import report
+from geffect_ways import CASES, EXACT, OBJECTIVE, SWEEP, Bench, engine
+from measuring import flop_counter, matrix_speed, now, options, parsed, positive, prepare, refused, reset_peak
+from pages import publish, ratio, reached, spread, surroundings
 from tqdm import tqdm
 
 import dataloader
 import utils
+from app.families import Family
 from unlearn.geffect.meter import Meter
 from unlearn.geffect.parts import RISKS
 from unlearn.geffect.sites import find_sites
-from unlearn.geffect.target import Target, Wanted
-from unlearn.io.files import write_whole
+from unlearn.geffect.target import Target
 from unlearn.models.checkpoints import load, pad_id
-from unlearn.objectives.functions import Objective, mean_nll, npo, tnpo, wga, wtnpo
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.rows import Row, counts
-from unlearn.objectives.tokens import IGNORE, Counts, Tokens, token_outputs
 from unlearn.passes.batches import on, set_batches
 from unlearn.passes.forcing import Pass, token_nlls
 from unlearn.training.logs import peak_memory
@@ -96,21 +72,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedModel
 
-Vectors = dict[str, Tensor]  # one for each parameter
-
-OBJECTIVE = partial(wga, alpha=1.0)
-SWEEP: dict[tuple[str, float | None], Objective] = {
-    **{("wga", alpha): partial(wga, alpha=alpha) for alpha in (1.0, 2.0, 5.0, 7.0)},
-    **{("npo", beta): partial(npo, beta=beta) for beta in (0.05, 0.1, 0.5, 1.0)},
-    **{("tnpo", beta): partial(tnpo, beta=beta) for beta in (1.0, 2.0, 4.0, 8.0)},
-    **{("wtnpo", beta): partial(wtnpo, beta=beta, alpha=1.5) for beta in (1.0, 2.0, 4.0, 8.0)},
-    **{("wtnpo_0.5", beta): partial(wtnpo, beta=beta, alpha=0.5) for beta in (1.0, 2.0, 4.0, 8.0)},
-}
 NOISE = 0.02  # of each tensor's standard deviation
-PUBLISHED_BATCH, PUBLISHED_NEW = 4, 0.4  # rows; the share of the new gradient in a moving average
-RATIOS = {"of_c": "x c", "faster_than_e": "faster than e by", "faster_than_e_padded": "than e_padded by"}
-EXACT = ("a", "a_norms", "b", "c", "d")
-DERIVED = {"c20": f"c x {len(SWEEP)}", "c20_shared": f"c x {len(SWEEP)}, one V"}
 # What is to be reached: seconds of the first over those of the second, at least or at most so much.
 TARGETS = [
     *((other, a, ">=", bound) for other, bound in (("e_padded", 10), ("e", 1.3)) for a in ("a", "a_norms")),
@@ -121,172 +83,7 @@ TARGETS = [
 ]
 
 
-@dataclass
-class Bench:
-    """A model at the weights that are measured, its rows, and how to run it; `reference` losses are in the rows to forget.
-
-    `drawn` are the rows to forget in the published procedure's order, and those to keep beside them.
-    """
-
-    model: PreTrainedModel
-    forget: list[Row]
-    retain: list[Row]
-    drawn: tuple[list[Row], list[Row]]
-    meter: Meter
-    pad: int
-    pad_to: int
-    batch_size: int
-    bf16: bool
-    padded_rows: int
-    published_attention: str
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(utils.device().type, torch.bfloat16, enabled=self.bf16)
-
-
-@dataclass
-class Found:
-    """(e_u, e_r), and the seconds of V and of the rest where they come apart."""
-
-    effects: list[float]
-    parts: dict[str, float] = field(default_factory=dict)
-
-
-# ---- this engine ----
-
-
-def engine(bench: Bench, norms: bool) -> Found:
-    """Layers x instances: all of `Meter.measure`."""
-    bench.meter.wanted, bench.meter.sweep = Wanted(norms=norms), {}
-    return Found(bench.meter.measure()["steps"]["geffect"].tolist())
-
-
-def sweep(bench: Bench) -> Found:
-    """V and the forward-mode pass, which `Meter.measure` runs too, without its pass for one target by instance."""
-    meter = bench.meter
-    meter.sweep = {name: Target(Loss(objective), bench.forget) for name, objective in SWEEP.items()}
-    with meter.trained(True):
-        began = now()
-        meter.risk_gradients()
-        between = now()
-        table = meter.swept()
-        parts = {"V": between - began, "rest": now() - between}
-    entry = table[(table["method"] == "wga") & (table["hyper_param"] == 1.0)]
-    return Found(entry.set_index("risk")["geffect"].loc[list(RISKS)].tolist(), parts)
-
-
-# ---- the plain way ----
-
-
-def plain(bench: Bench) -> Found:
-    """Three passes, each over all its rows, and a dot for each tensor."""
-    began = now()
-    v = risk_gradients(bench)
-    between = now()
-    g = gradient(bench, bench.forget, OBJECTIVE)
-    return Found(dots(g, v), {"V": between - began, "rest": now() - between})
-
-
-def plain_by_instance(bench: Bench) -> Found:
-    """As `plain`, but grad L row by row: its dots are the row's share of the effects."""
-    began = now()
-    v = risk_gradients(bench)
-    between = now()
-    whole = Counts(*counts(bench.forget))
-    shares = []
-    for row in bench.forget:
-        backward(bench, [row], OBJECTIVE, whole)
-        shares.append(dots(take_gradient(bench.model), v))
-    return Found([sum(share) for share in zip(*shares, strict=True)], {"V": between - began, "rest": now() - between})
-
-
-def risk_gradients(bench: Bench) -> list[Vectors]:
-    return [gradient(bench, rows, mean_nll) for rows in (bench.forget, bench.retain)]
-
-
-def gradient(bench: Bench, rows: list[Row], objective: Objective) -> Vectors:
-    """Of an objective over all the rows, in batches of rows of like length."""
-    ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    for start in range(0, len(rows), bench.batch_size):
-        backward(bench, ordered[start : start + bench.batch_size], objective, Counts(*counts(rows)))
-    return take_gradient(bench.model)
-
-
-def backward(bench: Bench, rows: list[Row], objective: Objective, whole: Counts) -> None:
-    """Add the rows' share of an objective's gradient to `.grad`; the logits are those of label positions."""
-    with bench.autocast():
-        loss = objective(token_outputs(bench.model, padded(rows, None, bench.pad)), whole)
-    loss.backward()
-
-
-def take_gradient(model: PreTrainedModel) -> Vectors:
-    """What is in `.grad`, which is empty after."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def dots(g: Vectors, directions: Sequence[Vectors]) -> list[float]:
-    return [sum(torch.dot(g[name].flatten(), v[name].flatten()).item() for name in g) for v in directions]
-
-
-# ---- the published procedure ----
-
-
-def published(bench: Bench, rows: int, pad_to: int | None) -> Found:
-    """Moving averages of the gradients of small batches, over the first `rows` of the drawn ones; see above."""
-    averages: dict[str, Vectors] = {"unlearn": {}, "objective": {}, "retain": {}}
-    with attention(bench.model, bench.published_attention):
-        for start in range(0, rows, PUBLISHED_BATCH):
-            parts = (part[start : min(start + PUBLISHED_BATCH, rows)] for part in bench.drawn)
-            forget, retain = (padded(part, pad_to, bench.pad) for part in parts)
-            steps = (("unlearn", forget, mean_nll), ("objective", forget, OBJECTIVE), ("retain", retain, mean_nll))
-            for name, batch, objective in steps:
-                batch_loss(bench, batch, objective).backward()
-                average(averages[name], take_gradient(bench.model))
-            (batch_loss(bench, forget, mean_nll) * 0).backward()
-            bench.model.zero_grad(set_to_none=True)
-    return Found(dots(averages["objective"], [averages[risk] for risk in RISKS]))
-
-
-def batch_loss(bench: Bench, batch: dict[str, Tensor], objective: Objective) -> Tensor:
-    """An objective as the batch's own mean, from the logits of all positions."""
-    with bench.autocast():
-        out = bench.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]  # (B, T-1, V), (B, T-1)
-    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    at = labels.flatten() != IGNORE
-    row = at.nonzero().squeeze(1) // labels.shape[1]
-    tokens = Tokens(nll=nll[at], row=row, n_rows=len(labels), logits=logits.flatten(0, 1)[at])
-    return objective(tokens, Counts(len(row), len(labels)))
-
-
-def average(averages: Vectors, new: Vectors) -> None:
-    for name, value in new.items():
-        if name in averages:
-            averages[name].lerp_(value, PUBLISHED_NEW)
-        else:
-            averages[name] = value
-
-
 # ---- the cases ----
-
-
-@dataclass(frozen=True)
-class Case:
-    text: str
-    run: Callable[[Bench], Found]
-
-
-CASES = {
-    "a": Case("this engine, layers x instances", lambda bench: engine(bench, norms=False)),
-    "a_norms": Case("this engine, with norms", lambda bench: engine(bench, norms=True)),
-    "b": Case(f"this engine's sweep, {len(SWEEP)} objectives", sweep),
-    "c": Case("plain, totals", plain),
-    "d": Case("plain, by instance", plain_by_instance),
-    "e": Case("published, padded to the longest", lambda bench: published(bench, len(bench.forget), None)),
-    "e_padded": Case("published, padded to 500", lambda bench: published(bench, bench.padded_rows, bench.pad_to)),
-}
 
 
 @dataclass
@@ -307,7 +104,6 @@ def race(bench: Bench, peaks: dict[str, int | None], args: argparse.Namespace) -
     """The cases' records, and the machine's matrix speed by round: a warm-up of each, then all in turn."""
     records: dict[str, Record] = {}
     speeds = []
-    dtype = torch.bfloat16 if bench.bf16 else torch.float32
     with tqdm(total=len(peaks) * (1 + args.rounds), unit="run") as bar:
         for name, peak in peaks.items():
             bar.set_description(f"{name}, warm-up")
@@ -321,7 +117,7 @@ def race(bench: Bench, peaks: dict[str, int | None], args: argparse.Namespace) -
                 bar.set_description(f"{name}, round {index + 1} of {args.rounds}")
                 record.parts.append(timed(bench, name))
                 bar.update()
-            speeds.append(matrix_speed(args.matrix, dtype))
+            speeds.append(matrix_speed(args.matrix, bench.bf16))
     return records, speeds
 
 
@@ -493,142 +289,25 @@ def numbers(record: Record, seconds: list[float], speeds: list[float]) -> dict[s
     return asdict(record) | {"share_of_matrix_speed": spread(shares), "seconds_of_v": median(v) if v else None}
 
 
-# ---- the page ----
-
-
-def report(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    matrix = results["matrix_flops_per_second"]
-    lines = [
-        "# The speed of G-effects",
-        "",
-        *where_lines(results),
-        row_line(results),
-        "",
-        f"    {results['surroundings']['command']}",
-        "",
-        f"| case | what | seconds | of it V | {' | '.join(RATIOS.values())} | TFLOPs | of matrix speed | peak GiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *(case_line(name, results) for name in CASES if name in results["cases"]),
-        *(derived_line(name, results) for name in DERIVED),
-        "",
-        "Medians over the rounds (smallest..largest). x c: seconds over those of c in the same round, and so on.",
-        f"Large matrices: {matrix['median'] / 1e12:.3g} TFLOP/s ({matrix['min'] / 1e12:.3g}..{matrix['max'] / 1e12:.3g}).",
-        "Peak memory is beside the loaded model, of the case alone in a process.",
-        *padded_note(results),
-        f"c x {len(SWEEP)} is computed from the seconds of c, not run.",
-        *site_note(results),
-        "",
-        *agreement_lines(results),
-        "",
-        "| seconds of | over those of | target | measured | |",
-        "|---|---|---|---|---|",
-        *(target_line(target, DERIVED) for target in results["targets"]),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def row_line(results: dict[str, Any]) -> str:
-    def of(name: str) -> str:
-        part = results["tokens"][name]
-        padded = f"with padding {part['with_padding']}"
-        return f"{results['rows'][name]} ({part['real']} tokens, {part['labels']} of them labels; {padded})"
-
-    batches = f"batches of {results['batch_size']}, published {PUBLISHED_BATCH}"
-    return f"Rows to forget: {of('forget')}; to keep: {of('retain')}; {batches}."
-
-
-def case_line(name: str, results: dict[str, Any]) -> str:
-    case = results["cases"][name]
-    cells = [
-        f"{case['flops'] / 1e12:.3g}",
-        f"{case['share_of_matrix_speed']['median']:.0%}",
-        "" if case["peak_memory"] is None else f"{case['peak_memory'] / 2**30:.2f}",
-    ]
-    v = "" if case["seconds_of_v"] is None else f"{case['seconds_of_v']:.3g}"
-    return line(name, CASES[name].text, v, results, cells)
-
-
-def derived_line(name: str, results: dict[str, Any]) -> str:
-    return line(DERIVED[name], f"plain, totals of {len(SWEEP)} objectives", "", results, ["", "", ""])
-
-
-def line(label: str, text: str, v: str, results: dict[str, Any], cells: list[str]) -> str:
-    name = next((key for key, value in DERIVED.items() if value == label), label)
-    seconds = results["seconds"][name]
-    ratios = [results[key][name]["median"] if results[key] else None for key in RATIOS]
-    shown = ["" if value is None else f"{value:.3g}" for value in ratios]
-    took = f"{seconds['median']:.3g} ({seconds['min']:.3g}..{seconds['max']:.3g})"
-    return f"| {' | '.join([label, text, took, v, *shown, *cells])} |"
-
-
-def padded_note(results: dict[str, Any]) -> list[str]:
-    rows = results["rows"]
-    if "e_padded" not in results["cases"] or rows["padded"] == rows["forget"]:
-        return []
-    return [f"e_padded ran on {rows['padded']} + {rows['padded']} rows; seconds and FLOPs are scaled to all rows."]
-
-
-def site_note(results: dict[str, Any]) -> list[str]:
-    seconds = results["seconds_to_find_sites"]
-    return [] if seconds is None else [f"Finding the modules to tap, once for a model and not in a's seconds: {seconds:.3g} s."]
-
-
-def agreement_lines(results: dict[str, Any]) -> list[str]:
-    exact = [name for name in EXACT if name in results["cases"]]
-    e = results["cases"]["c"]["effects"]
-    lines = [
-        f"e_u = {e[0]:.6g}, e_r = {e[1]:.6g} (c). {', '.join(exact)} agree:"
-        f" the largest relative difference from c is {results['largest_difference']:.1e}."
-    ]
-    if "e" in results["cases"]:
-        off, batches = results["differences"]["e"], math.ceil(results["rows"]["forget"] / PUBLISHED_BATCH)
-        lines.append(
-            f"The published moving average is off by {off[0]:.1%} (e_u) and {off[1]:.1%} (e_r) on the same rows,"
-            f" in {batches} batches (e)."
-        )
-    return lines
-
-
 # ---- the command ----
 
 
-def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    plain, seeded = ("--published_attention", "e"), "the noise and of e's order of rows"
+    parser = options(__doc__, ["float32", "bfloat16"], plain, seeded=seeded)
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="a fine-tuned model, as from_pretrained loads it")
-    add("--data", required=True, metavar="FOLDER", help="data of TOFU's layout, such as data/sample")
-    add("--family", default="smollm2-135m", help="an entry of config/model_config.yaml (%(default)s)")
-    add("--split", default="forget05", choices=utils.FORGET_SPLITS, help="the rows to forget are its first (%(default)s)")
     add("--forget", type=positive, default=16, metavar="N", help="rows to forget (%(default)s)")
     add("--retain", type=positive, default=16, metavar="N", help="held-out rows to keep (%(default)s)")
     add("--padded_rows", type=positive, default=8, metavar="N", help="rows that e_padded runs on (%(default)s)")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is autocast (%(default)s)")
     add("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="which to run, c always (all)")
-    add("--rounds", type=positive, default=3, help="each of the cases in turn (%(default)s)")
     add("--batch-size", "--batch_size", type=positive, default=16, help="rows of a batch of a to c (%(default)s)")
-    add("--threads", type=positive, help="left out, as many as torch takes")
-    kinds = ["sdpa", "eager", "flash_attention_2"]
-    add("--published_attention", default="sdpa", choices=kinds, help="of e (%(default)s, transformers' own)")
-    add("--seed", type=int, default=42, help="of the noise and of e's order of rows (%(default)s)")
-    size = 8192 if torch.cuda.is_available() else 4096
-    add("--matrix", type=positive, default=size, help="rows of the large matrices (%(default)s on this machine)")
     add("--no_memory", action="store_true", help="leave out peak memory, which takes a process for each case")
     add("--peak", choices=list(CASES), help="only print the bytes that this case takes at most")
-    add("--out", type=Path, metavar="FILE.md", help="where the page goes, and all numbers, FILE.json; left out, it is printed")
-    return parser.parse_args(), parser
-
-
-def main() -> None:
-    args, parser = parse()
+    args = parsed(parser)
     cfg = configuration(args)
-    try:
+    with refused(parser):
         family = prepare(cfg)
         list(first_rows(cfg, args))
-    except ValueError as error:
-        parser.error(str(error))
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     if args.peak is not None:
         return print(peak_of(build(cfg, family, args), args.peak))
     names = [name for name in CASES if name == "c" or name in args.cases]
@@ -637,12 +316,7 @@ def main() -> None:
     find_seconds = seconds_to_find_sites(bench) if {"a", "a_norms"} & set(names) else None
     records, speeds = race(bench, peaks, args)
     results = {"surroundings": surroundings(args.seed)} | summary(bench, records, speeds, find_seconds)
-    page = report(results)
-    print(page)
-    if args.out is not None:
-        write_whole(args.out, page)
-        write_json(args.out.with_suffix(".json"), results)
-        print(f"the page is in {args.out}, all numbers in {args.out.with_suffix('.json')}", file=sys.stderr)
+    publish(report(results), results, args.out)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,21 @@
-"""What the benchmarks share: clocks, counters, the rows' padding, the machine's own speed, and where all that was measured."""
+"""What the benchmarks share: clocks, counters, the rows' padding, the machine's own speed, and their commands' options."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
-import re
-import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from app.families import Family
-from app.places import ROOT, find_path
+from app.places import find_path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts too, which import this first
 # One process has one device, not torch's DataParallel over all.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
@@ -62,8 +58,9 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: A
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-def matrix_speed(size: int, dtype: torch.dtype, repeats: int = 3) -> float:
+def matrix_speed(size: int, bf16: bool, repeats: int = 3) -> float:
     """FLOPs a second of a product of two `size` x `size` matrices, the median of `repeats` after one that is not timed."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
     left, right = (torch.randn(size, size, device=utils.device(), dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)
     seconds = []
@@ -82,51 +79,6 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    return {"median": median(values), "min": min(values), "max": max(values), "values": values}
-
-
-def times(ratio: dict[str, Any]) -> str:
-    return f"{ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f})"
-
-
-# ---- where it was measured ----
-
-
-def surroundings(seed: int) -> dict[str, Any]:
-    """What the numbers depend on, beside the code: the machine, the versions, the commit, the command."""
-    preloaded = [Path(name).name for name in os.environ.get("LD_PRELOAD", "").split()]
-    return {
-        "processor": processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "preloaded": preloaded or None,
-        "versions": {"python": platform.python_version()} | utils.versions(),
-        "commit": commit(),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "seed": seed,
-    }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """The checkout's commit, and whether tracked files differ from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 # ---- the command ----
 
 
@@ -135,6 +87,47 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: needs to be a whole number of at least 1")
     return value
+
+
+def options(
+    doc: str | None, dtypes: Sequence[str], plain: tuple[str, str], data: str | None = None, seeded: str | None = None
+) -> argparse.ArgumentParser:
+    """A parser of the shared options; `plain`: that of the plain ways' attention, and who they are; `seeded`: by the seed."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, (attention, whose) = parser.add_argument, plain
+    add("--model", required=True, metavar="FOLDER", help="the model to measure with, as from_pretrained loads it")
+    layout = "data of TOFU's layout, such as data/sample" + ("" if data is None else " (%(default)s)")
+    add("--data", required=data is None, default=data, metavar="FOLDER", help=layout)
+    add("--family", default="smollm2-135m", help="an entry of config/model_config.yaml (%(default)s)")
+    add("--split", default="forget05", choices=utils.FORGET_SPLITS, help="of the rows to forget (%(default)s)")
+    add("--dtype", default=dtypes[0], choices=dtypes, help="bfloat16 is autocast (%(default)s)")
+    add("--rounds", type=positive, default=3, help="each of the cases in turn (%(default)s)")
+    kinds = ["sdpa", "eager", "flash_attention_2"]
+    add(attention, default=kinds[0], choices=kinds, help=f"of {whose} (%(default)s, transformers' own)")
+    add("--threads", type=positive, help="left out, as many as torch takes")
+    add("--out", "--output", type=Path, metavar="FILE.md", help="where the page goes, and all numbers, FILE.json")
+    if seeded is not None:
+        add("--seed", type=int, default=42, help=f"of {seeded} (%(default)s)")
+        size = 8192 if torch.cuda.is_available() else 4096
+        add("--matrix", type=positive, default=size, help="rows of the large matrices (%(default)s on this machine)")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was given, whose threads torch takes from here on."""
+    args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+@contextmanager
+def refused(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Within, a ValueError is told as what is wrong with the command."""
+    try:
+        yield
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def prepare(cfg: DictConfig) -> Family:
@@ -167,40 +160,15 @@ def attention(model: Any, kind: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
-    return spread([x / y for x, y in zip(above, below, strict=True)])
-
-
-def reached(seconds: dict[str, list[float]], above: str, below: str, sign: str, bound: float) -> dict[str, Any]:
-    found = ratio(seconds[above], seconds[below])
-    met = found["median"] >= bound if sign == ">=" else found["median"] <= bound
-    return {"above": above, "below": below, "sign": sign, "bound": bound, "ratio": found, "met": met}
-
-
-def where_lines(results: dict[str, Any]) -> list[str]:
-    where = results["surroundings"]
-    preloaded = f"; preloaded {', '.join(where['preloaded'])}" if where["preloaded"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    attention = ", ".join(f"{name} {how}" for name, how in results["attention"].items())
-    return [
-        f"{where['gpu'] or where['processor']}; {where['threads']} threads{preloaded}",
-        f"{versions}; commit {where['commit']}; {results['dtype']}; seed {where['seed']}",
-        f"Attention: {attention}.",
-    ]
-
-
-def target_line(target: dict[str, Any], derived: Mapping[str, str] | None = None) -> str:
-    """The page's line of a ratio and its target; `derived`: what cases that were not run are called."""
-    names = [(derived or {}).get(target[key], target[key]) for key in ("above", "below")]
-    met = "met" if target["met"] else "missed"
-    sign = "at least" if target["sign"] == ">=" else "at most"
-    return f"| {names[0]} | {names[1]} | {sign} {target['bound']:g} | {times(target['ratio'])} | {met} |"
-
-
 def row_nlls(model: nn.Module, batch: dict[str, Tensor], bf16: bool) -> Tensor:
     """(B,) nats: the sum of l_t over each row's label tokens, from the logits of all positions."""
+    _, labels, nll = all_nlls(model, batch, bf16)
+    return nll.view(labels.shape).sum(1)
+
+
+def all_nlls(model: nn.Module, batch: dict[str, Tensor], bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """All positions' logits, (B x (T-1), V), labels, (B, T-1), and l_t, (B x (T-1),) nats, 0 where there is no label."""
     with torch.autocast(utils.device().type, torch.bfloat16, enabled=bf16):
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]  # (B, T-1, V), (B, T-1)
-    nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return nll.view(labels.shape).sum(1)
+    logits, labels = out.logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:]
+    return logits, labels, F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="none")

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 from omegaconf import DictConfig
-
-from app.families import Family
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pages import table
 
 import compute_geffect
 import settings
 import utils
+from app.families import Family
 from unlearn.geffect.meter import Meter
 from unlearn.geffect.tables import Tables
 from unlearn.geffect.target import Wanted
@@ -77,18 +74,17 @@ def _of(table: pd.DataFrame, name: str, risk: str) -> pd.Series:
 
 def main(words: list[str]) -> None:
     exact, meter = measured(words, "float32")
-    tapped, plain = list(exact["steps"]["geffect"]), plain_totals(meter)
+    pairs = zip("ur", exact["steps"]["geffect"], plain_totals(meter), strict=True)
     del meter
-    print("| e | tapped, float32 | plain, float32 | relative difference |\n|---|---|---|---|")
-    for name, t, p in zip("ur", tapped, plain, strict=True):
-        print(f"| e_{name} | {t:.8g} | {p:.8g} | {abs(t / p - 1):.1e} |")
-    print(
-        "\n| | risk | total | worst layer | worst instance | correlation over instances |\n|---|---|---|---|---|---|",
-        flush=True,
+    rows = ([f"e_{name}", f"{t:.8g}", f"{p:.8g}", f"{abs(t / p - 1):.1e}"] for name, t, p in pairs)
+    print(*table("| e | tapped, float32 | plain, float32 | relative difference |", rows), "", sep="\n", flush=True)
+    risks = (
+        [way, risk, *(f"{error:.2%}" for error in worst), f"{correlation:.4f}"]
+        for way in list(WAYS)[1:]
+        for risk, (*worst, correlation) in errors(measured(words, way)[0], exact).items()
     )
-    for way in ("bfloat16 autocast", "bfloat16 weights"):
-        for risk, (total, layer, instance, correlation) in errors(measured(words, way)[0], exact).items():
-            print(f"| {way} | {risk} | {total:.2%} | {layer:.2%} | {instance:.2%} | {correlation:.4f} |", flush=True)
+    for line in table("| | risk | total | worst layer | worst instance | correlation over instances |", risks):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

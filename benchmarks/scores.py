@@ -34,226 +34,35 @@ Who is favoured by what:
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeVar
-from unittest.mock import patch
+from typing import TYPE_CHECKING, Any
 
-from app.families import Family
-from app.places import find_path
-from unlearn.io.rows import write_json
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-import torch.nn.functional as F
-from measuring import (
-    attention,
-    now,
-    padded,
-    positive,
-    prepare,
-    ratio,
-    reached,
-    reset_peak,
-    row_nlls,
-    spread,
-    surroundings,
-    target_line,
-    where_lines,
-)
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from measuring import options, parsed, positive, prepare, refused, reset_peak
+from pages import gib, page, publish, ratio, reached, spread, surroundings, table, target_table
+from scores_ways import CASES, CASES_OF, DERIVED, Bench, Found, Watch
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 import dataloader
 import settings
 import utils
-from unlearn.io.files import write_whole
+from app.families import Family
+from app.places import find_path
 from unlearn.models.checkpoints import load, pad_id
-from unlearn.objectives.rows import Row, counts
 from unlearn.objectives.tokens import IGNORE
-from unlearn.passes.decoding import MAX_LENGTH, greedy_answers, stop_tokens
+from unlearn.passes.decoding import MAX_LENGTH
 from unlearn.passes.forcing import Pass, prompt_length, teacher_force
-from unlearn.scores import asking
 from unlearn.scores import definitions as scores
 from unlearn.training.logs import peak_memory
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-    from transformers import PreTrainedTokenizerBase
-
-T = TypeVar("T")
-Found = dict[str, list[Any]]  # what a case says of the rows
 
 TARGETS = [("bisection", "one_pass", 10.0), ("padded", "ours", 4.0), ("longest", "ours", 1.5)]
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of losses, relative to them or, where they are smaller, to SMALL nats
 SMALL = 0.01
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A model and how to run it, and the rows: texts, and question and answer as tokens."""
-
-    how: Pass
-    tokenizer: PreTrainedTokenizerBase
-    tokenize: asking.Tokenize
-    texts: list[dict[str, Any]]
-    rows: list[Row]
-    plain_attention: str
-
-    def only(self, indices: Sequence[int]) -> Bench:
-        return replace(self, texts=[self.texts[i] for i in indices], rows=[self.rows[i] for i in indices])
-
-    @contextmanager
-    def plain(self) -> Iterator[None]:
-        with attention(self.how.model, self.plain_attention), self.how.evaluating():
-            yield
-
-
-class Watch:
-    """Of each part of a run: seconds, those of the CPU, positions that the model is run on, the sum of its batches' rows.
-
-    In decoding, a row of a pass is a token decoded (one more where this code asks once what kind of cache there is).
-    """
-
-    def __init__(self) -> None:
-        self.parts: dict[str, dict[str, float]] = {}
-        self.start()
-
-    def start(self) -> None:
-        self.began, self.cpu, self.positions, self.rows = now(), time.process_time(), 0, 0
-
-    def count(self, _: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        self.positions += inputs["input_ids"].numel()
-        self.rows += len(inputs["input_ids"])
-
-    def lap(self, part: str) -> None:
-        """What was done since the last lap was this part."""
-        seconds, cpu = now() - self.began, time.process_time() - self.cpu
-        self.parts[part] = {"seconds": seconds, "cpu": cpu, "positions": self.positions, "rows": self.rows}
-        self.start()
-
-
-def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
-# ---- PS exact ----
-
-
-def one_pass(bench: Bench, watch: Watch) -> Found:
-    found = [scores.ps_exact(forced.right) for forced in teacher_force(bench.how, bench.rows)]
-    watch.lap("losses")
-    return {"ps": found}
-
-
-def bisection(bench: Bench, watch: Watch) -> Found:
-    """1 - k/T, k the shortest prefix of the answer behind which `generate` gives the rest exactly, by bisection."""
-    starts = [prompt_length(row) for row in bench.rows]
-    ends = [len(row["input_ids"]) - int(row["labels"][-1] == bench.how.eos) for row in bench.rows]
-    low, high = [start - 1 for start in starts], list(ends)  # fails (or was not tried), suffices
-    with bench.plain():
-        while open_ := [i for i in range(len(ends)) if high[i] - low[i] > 1]:
-            for batch in chunks(open_, bench.how.batch_size):
-                middle = {i: (low[i] + high[i]) // 2 for i in batch}
-                given = generate(bench, [bench.rows[i]["input_ids"][: middle[i]] for i in batch], None, MAX_LENGTH)
-                for i, tokens in zip(batch, given, strict=True):
-                    rest = bench.rows[i]["input_ids"][middle[i] : ends[i]].tolist()
-                    (high if tokens[: len(rest)] == rest else low)[i] = middle[i]
-    watch.lap("decoding")
-    return {"ps": [(end - k) / (end - start) for start, k, end in zip(starts, high, ends, strict=True)]}
-
-
-def generate(bench: Bench, prefixes: Sequence[Tensor], width: int | None, new: int) -> list[list[int]]:
-    """The tokens that transformers' `generate` puts behind prefixes padded on the left, to `width` or to the longest."""
-    missing = 0 if width is None else width - max(map(len, prefixes))
-    ids, mask = (
-        F.pad(pad_sequence(list(part), batch_first=True, padding_value=value, padding_side="left"), (missing, 0), value=value)
-        for part, value in ((prefixes, bench.how.pad), ([torch.ones_like(prefix) for prefix in prefixes], 0))
-    )  # (B, T)
-    stops = sorted(stop_tokens(bench.how.model, bench.how.eos))
-    config = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=bench.how.pad, eos_token_id=stops)
-    model: Any = bench.how.model
-    out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
-    return list(out[:, ids.shape[1] :].tolist())
-
-
-# ---- TOFU's scores ----
-
-
-def ours(bench: Bench, watch: Watch) -> Found:
-    """`measure_task` as it is, with a look at the clock before and after it decodes."""
-
-    def answers(*args: Any, **options: Any) -> list[str]:
-        watch.lap("losses")
-        said = greedy_answers(*args, **options)
-        watch.lap("decoding")
-        return said
-
-    with patch.object(asking, "greedy_answers", answers):
-        log = asking.measure_task(bench.how, bench.tokenizer, bench.texts, bench.tokenize)
-    watch.lap("rest")
-    losses = [*log["avg_gt_loss"].values(), *log["avg_paraphrased_loss"].values()]
-    losses += [loss for of in log["average_perturb_loss"].values() for loss in of]
-    return {"losses": losses, "texts": [text for _, text, _ in log["generated_text"].values()]}
-
-
-def plain(bench: Bench, watch: Watch, width: int | None) -> Found:
-    """Losses, then answers, then ROUGE, each over the rows as they come."""
-    with bench.plain():
-        losses = plain_losses(bench, width)
-        watch.lap("losses")
-        given = [tokens for rows in chunks(bench.rows, bench.how.batch_size) for tokens in plain_answers(bench, rows, width)]
-        watch.lap("decoding")
-    stops = stop_tokens(bench.how.model, bench.how.eos)
-    ends = [next((i for i, token in enumerate(tokens) if token in stops), None) for tokens in given]
-    cut = [tokens[:end] for tokens, end in zip(given, ends, strict=True)]
-    said = [text.strip() for text in bench.tokenizer.batch_decode(cut, skip_special_tokens=True)]
-    scores.rouge_recalls(said, [row["answer"] for row in bench.texts])
-    watch.lap("rest")
-    return {"losses": losses, "texts": said, "ended": [end is not None for end in ends]}
-
-
-def plain_losses(bench: Bench, width: int | None) -> list[float]:
-    """Of all answers, all paraphrases, all wrong answers: nats a token, from the logits of all positions."""
-
-    def asked(rows: Sequence[Mapping[str, Any]], key: str) -> list[Row]:
-        pairs = [(row, text) for row in rows for text in ([row[key]] if isinstance(row[key], str) else row[key])]
-        return bench.tokenize([{"question": row["question"], "answer": text} for row, text in pairs])
-
-    size, found = bench.how.batch_size, []
-    for key, n in (("answer", size), ("paraphrased_answer", size), ("perturbed_answer", max(1, size // 4))):
-        for batch in (asked(rows, key) for rows in chunks(bench.texts, n)):
-            nlls = row_nlls(bench.how.model, padded(batch, width, bench.how.pad), bench.how.bf16)  # (B,) nats
-            found += [nll / counts([row])[0] for nll, row in zip(nlls.tolist(), batch, strict=True)]
-    return found
-
-
-def plain_answers(bench: Bench, rows: Sequence[Row], width: int | None) -> list[list[int]]:
-    prompts = [row["input_ids"][: prompt_length(row)] for row in rows]
-    return generate(bench, prompts, width, max(1, MAX_LENGTH - max(map(len, prompts))))
-
-
-# ---- the cases ----
-
-
-CASES: dict[str, tuple[str, Callable[[Bench, Watch], Found]]] = {
-    "one_pass": ("PS exact, this code", one_pass),
-    "bisection": ("PS exact, bisection with `generate`", bisection),
-    "ours": ("TOFU's scores, this code", ours),
-    "padded": ("plain, all padded to 200", partial(plain, width=MAX_LENGTH)),
-    "longest": ("plain, padded to the longest", partial(plain, width=None)),
-}
-CASES_OF = {"ps": ["one_pass", "bisection"], "tofu": ["ours", "padded", "longest"]}
-DERIVED = {"padded_texts": "plain, texts padded to 200, prompts to the longest"}
 
 
 @dataclass
@@ -394,44 +203,36 @@ def row_numbers(bench: Bench) -> dict[str, Any]:
 def report(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     rows = results["rows"]
-    return "\n".join(
-        [
-            "# The speed of scores",
-            "",
-            *where_lines(results),
-            f"{rows['n']} rows in batches of {results['batch']}; medians: {rows['prompt_tokens']:g} tokens of prompt and"
-            f" {rows['answer_tokens']:g} of answer. {rows['to_the_end']:.0%} of the rows follow the true answer to the end; the"
-            f" mean share of it that is followed is {rows['followed']:.0%}, and the mean PS is {rows['ps']:.3f}.",
-            "",
-            f"    {results['surroundings']['command']}",
-            "",
-            "| case | what | losses, s | decoding, s | total, s | CPU, s | token positions | tokens decoded | peak GiB |",
-            "|---|---|---|---|---|---|---|---|---|",
-            *(case_line(name, case) for name, case in results["cases"].items()),
-            "",
-            "Medians over the rounds (times as long as this code, the median of the rounds' ratios). Total: with ROUGE.",
-            "CPU: of the total, summed over threads; seconds far above it were spent waiting for something else.",
-            "Token positions: all that the model is run on, padding and ended rows too; so are tokens decoded.",
-            "padded_texts is computed from the seconds of padded and longest, not run.",
-            "",
-            *(agreement_line(name, found, results["dtype"]) for name, found in results["agreement"].items()),
-            "",
-            "| seconds of | over those of | target | measured | |",
-            "|---|---|---|---|---|",
-            *map(target_line, results["targets"]),
-            "",
-        ]
+    about = (
+        f"{rows['n']} rows in batches of {results['batch']}; medians: {rows['prompt_tokens']:g} tokens of prompt and"
+        f" {rows['answer_tokens']:g} of answer. {rows['to_the_end']:.0%} of the rows follow the true answer to the end; the"
+        f" mean share of it that is followed is {rows['followed']:.0%}, and the mean PS is {rows['ps']:.3f}."
+    )
+    head = "| case | what | losses, s | decoding, s | total, s | CPU, s | token positions | tokens decoded | peak GiB |"
+    notes = [
+        "Medians over the rounds (times as long as this code, the median of the rounds' ratios). Total: with ROUGE.",
+        "CPU: of the total, summed over threads; seconds far above it were spent waiting for something else.",
+        "Token positions: all that the model is run on, padding and ended rows too; so are tokens decoded.",
+        "padded_texts is computed from the seconds of padded and longest, not run.",
+    ]
+    return page(
+        "The speed of scores",
+        results,
+        [about],
+        table(head, [case_cells(name, case) for name, case in results["cases"].items()]),
+        notes,
+        [agreement_line(name, found, results["dtype"]) for name, found in results["agreement"].items()],
+        target_table(results["targets"]),
     )
 
 
-def case_line(name: str, case: dict[str, Any]) -> str:
+def case_cells(name: str, case: dict[str, Any]) -> list[str]:
     cells = [name, CASES[name][0] if name in CASES else DERIVED[name]]
     for part in ("losses", "decoding", "total"):
         seconds, beside = case["seconds"].get(part), case["times"].get(part)
         cells.append(f"{seconds['median']:.3g}" + (f" ({beside['median']:.3g}x)" if beside else "") if seconds else "")
-    peak = f"{max(case['peak_memory']) / 2**30:.2f}" if case["peak_memory"] else ""
-    cells += [f"{case['cpu']['median']:.3g}", str(case["positions"]), str(case["decoded"]), peak]
-    return f"| {' | '.join(cells)} |"
+    peak = gib(max(case["peak_memory"], default=None))
+    return [*cells, f"{case['cpu']['median']:.3g}", str(case["positions"]), str(case["decoded"]), peak]
 
 
 def agreement_line(name: str, found: dict[str, Any], dtype: str) -> str:
@@ -451,46 +252,23 @@ def agreement_line(name: str, found: dict[str, Any], dtype: str) -> str:
 # ---- the command ----
 
 
-def parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = options(__doc__, list(TOLERANCE), ("--plain_attention", "the plain ways"), data="../shared/tofu_1000")
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="a fine-tuned model, as from_pretrained loads it")
-    add("--data", default="../shared/tofu_1000", metavar="FOLDER", help="data of TOFU's layout (%(default)s)")
-    add("--family", default="smollm2-135m", help="an entry of config/model_config.yaml (%(default)s)")
-    add("--split", default="forget05", choices=utils.FORGET_SPLITS, help="of the rows to forget (%(default)s)")
     add("--rows", type=positive, default=40, metavar="N", help="half to forget, half to keep (%(default)s)")
     add("--parts", default="ps,tofu", help="ps, tofu or both (%(default)s)")
-    add("--dtype", default="float32", choices=list(TOLERANCE), help="bfloat16 is autocast (%(default)s)")
-    add("--rounds", type=positive, default=3, help="each of the cases in turn (%(default)s)")
     add("--batch", type=positive, default=16, help="rows of a batch (%(default)s)")
-    add("--threads", type=positive, help="left out, as many as torch takes")
-    kinds = ["sdpa", "eager", "flash_attention_2"]
-    add("--plain_attention", default="sdpa", choices=kinds, help="of the plain ways (%(default)s, transformers' own)")
-    add("--output", type=Path, metavar="FILE.md", help="where the page goes, and all numbers, FILE.json; it is printed anyway")
-    return parser.parse_args(), parser
-
-
-def main() -> None:
-    args, parser = parse()
+    args = parsed(parser)
     cfg = configuration(args)
-    try:
+    with refused(parser):
         family = prepare(cfg)
         first_rows(cfg, args.rows)
         if unknown := set(args.parts.split(",")) - set(CASES_OF):
             raise ValueError(f"--parts={args.parts}: {', '.join(sorted(unknown))} is none of {', '.join(CASES_OF)}")
-    except ValueError as error:
-        parser.error(str(error))
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     names = [name for part, names in CASES_OF.items() if part in args.parts.split(",") for name in names]
     bench = build(cfg, family, args)
     results = {"surroundings": surroundings(cfg.seed)} | summary(bench, race(bench, names, args.rounds), args)
-    page = report(results)
-    print(page, end="")
-    if args.output is not None:
-        write_whole(args.output, page)
-        write_json(args.output.with_suffix(".json"), results)
-        utils.say(f"the page is in {args.output}, all numbers in {args.output.with_suffix('.json')}")
+    publish(report(results), results, args.out)
 
 
 if __name__ == "__main__":
