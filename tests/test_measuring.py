@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import peft
 import pytest
 import torch
@@ -395,3 +396,70 @@ def test_v_off_the_gpu_is_never_on_it() -> None:
     assert {sharding.zeros(p, (2,), p.dtype, offload=True).device.type for p in meta.values()} == {"cpu"}
     want = Meter(model, Target(Loss(ga), FORGET), {"unlearn": FORGET, "retain": RETAIN}, 0, Wanted()).measure()
     assert meter.measure()["steps"]["geffect"].tolist() == want["steps"]["geffect"].tolist()
+
+
+# ---- what is around a measurement ----
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(norms=False), Wanted(instances=False, tokens=True)])
+def test_a_callers_autocast_changes_nothing(wanted: Wanted) -> None:
+    model = build("llama")
+    plain = geffect(model, TOKENS, FORGET, RETAIN, ga, wanted=wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        around = geffect(model, TOKENS, FORGET, RETAIN, ga, wanted=wanted)
+    for name, table in plain.items():
+        pd.testing.assert_frame_equal(table, around[name], rtol=1e-6)
+
+
+def test_padding_that_is_read_is_refused() -> None:
+    """CPM-Ant takes no mask: its rows can't be padded."""
+    small = {"hidden_size": 16, "num_attention_heads": 2, "dim_head": 8, "dim_ff": 16, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("cpmant", vocab_size=37, **small)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    with pytest.raises(ValueError, match="CpmAntForCausalLM: the padding behind a row changes what the model says of it"):
+        geffect(model, TOKENS, FORGET, RETAIN, ga)
+
+
+def test_a_models_parameters_are_its_own_afterwards() -> None:
+    """Of tied trainable tokens, too, whose module stands in the model twice."""
+    from peft import TrainableTokensConfig, get_peft_model
+
+    model: Any = get_peft_model(build("gpt2").requires_grad_(True), TrainableTokensConfig(token_indices=[5, 6, 7]))
+    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    geffect(model, TOKENS, FORGET, RETAIN, ga, wanted=Wanted(instances=False, tokens=True))
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("where", ["target", "retain", "sweep"])
+@pytest.mark.parametrize("what", ["none", "first"])
+def test_a_meters_rows_have_labels_behind_their_first_token(where: str, what: str) -> None:
+    ids = torch.tensor([5, 6, 7])
+    labels = torch.full((3,), -100)
+    bad = [{"input_ids": ids, "labels": torch.cat([ids[:1], ids[1:] if what == "first" else labels[1:]])}]
+    if what == "none":
+        bad[0]["labels"] = labels
+    good = [{"input_ids": ids, "labels": torch.tensor([-100, 6, 7])}]
+    targets = {
+        "target": Target(Loss(ga), bad),
+        "retain": Target(Loss(ga, mean_nll), good, bad),
+        "sweep": Target(Loss(ga), good),
+    }
+    sweep = {("ga", None): Target(Loss(ga), bad)} if where == "sweep" else {}
+    line = "rows have no label tokens" if what == "none" else "its first token has a label, and nothing before it to tell it"
+    with pytest.raises(ValueError, match=line):
+        Meter(build("llama"), targets[where], {"unlearn": good, "retain": good}, 0, sweep=sweep)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [("input_ids", -1, "the token -1"), ("labels", 77, "the token 77"), ("input_ids", 0.5, "torch.float32")],
+)
+def test_tokens_that_are_none(key: str, value: float, line: str) -> None:
+    row: dict[str, Any] = {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([-100, 6, 7])}
+    row[key] = row[key].to(torch.tensor(value).dtype).index_fill(0, torch.tensor([2]), value)
+    with pytest.raises(ValueError, match=rf"forget\[0\].*{line}"):
+        geffect(build("llama"), TOKENS, [row], RETAIN, ga)

@@ -80,6 +80,7 @@ def meter_of(
     wanted: Wanted | None = None,
     bf16: bool = False,
     batch_size: int = 16,
+    special_tokens: bool | None = None,
 ) -> Meter:
     """A `Meter` of an objective on texts or tokens, for `GEffectCallback`, or to measure again after the weights changed.
 
@@ -91,6 +92,7 @@ def meter_of(
         objective: a function of `Tokens` and `Counts` as in `unlearn.objectives.functions`, or a `Loss` with a retain term.
         reference: the model before unlearning, for an objective or a retain term that compares with it.
         beside: rows for the retain term.
+        special_tokens: whether the tokenizer's own are added to texts; None: to those that do not begin with them.
 
     Raises:
         ValueError: there are no rows, or they are of two kinds, or one has no label tokens; the retain term has none; the
@@ -99,7 +101,10 @@ def meter_of(
     for name, given in (("forget", forget), ("retain", retain)):
         if not len(given):
             raise ValueError(f"{name}: no rows")
-    rows = {name: _tokenized(name, of, tokenizer) for name, of in (("forget", forget), ("retain", retain), ("beside", beside))}
+    rows = {
+        name: _tokenized(name, of, tokenizer, special_tokens)
+        for name, of in (("forget", forget), ("retain", retain), ("beside", beside))
+    }
     for name, of in rows.items():
         check_fit(model, of, [f"{name}[{i}]" for i in range(len(of))])
     loss = objective if isinstance(objective, Loss) else Loss(objective=objective)
@@ -122,13 +127,13 @@ def meter_of(
     )
 
 
-def _tokenized(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def _tokenized(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, special_tokens: bool | None) -> list[Row]:
     texts = [row for row in rows if not isinstance(row, dict)]
     if not texts:
         return [_with_tensors(f"{name}[{i}]", row) for i, row in enumerate(rows)]  # type: ignore[arg-type]
     if len(texts) < len(rows):
         raise ValueError(f"{name}: some rows are (prompt, answer) texts and some are tokens; give them all as one of the two")
-    return tokenize_pairs(texts, tokenizer)
+    return tokenize_pairs(texts, tokenizer, special_tokens=special_tokens)
 
 
 def _with_tensors(name: str, row: Mapping[str, Any]) -> Row:

@@ -30,6 +30,7 @@ from unlearn.geffect.risks import (
     dot,
     each_gradient,
     gradients_into,
+    put_back,
     trainable,
     wide,
     zeros,
@@ -45,6 +46,7 @@ from unlearn.models.sharding import is_sharded
 from unlearn.objectives.functions import mean_nll
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.rows import Row, collate, counts
+from unlearn.objectives.tokens import IGNORE
 from unlearn.passes.batches import Batch, on, over_processes, progress, set_batches
 
 RISK = Loss(objective=mean_nll)  # R: the token-mean cross-entropy of a whole set
@@ -88,14 +90,15 @@ class Meter:
             raise ValueError(
                 "norms=false: with a model in shards the gradient is formed anyway; norms=true, or instances=false"
             )
-        if any((t.loss.retain is not None) != bool(t.retain) for t in (self.target, *self.sweep.values())):
+        targets = (self.target, *self.sweep.values())
+        if any((t.loss.retain is not None) != bool(t.retain) for t in targets):
             raise ValueError("a retain term needs rows beside those to forget, and rows beside them a retain term")
-        for name, rows in {
-            "the target": self.target.forget,
-            **{f"the {name} risk": of for name, of in self.risks.items()},
-        }.items():
+        given = [("a target", t.forget) for t in targets] + [("a target's retain term", t.retain) for t in targets if t.retain]
+        for name, rows in [*given, *((f"the {name} risk", of) for name, of in self.risks.items())]:
             if not counts(rows)[0]:
                 raise ValueError(f"{name}: its {len(rows)} rows have no label tokens")
+            if first := [i for i, row in enumerate(rows) if row["labels"][0] != IGNORE]:
+                raise ValueError(f"{name}: row {first[0]}: its first token has a label, and nothing before it to tell it")
         self.parameters = trainable(self.model)
         if not self.parameters:
             raise ValueError(f"{type(self.model).__name__}: no parameter of it requires a gradient")
@@ -114,7 +117,7 @@ class Meter:
             FloatingPointError: an effect is not finite.
             ValueError: a module's output does not tell instances apart.
         """
-        with self.trained(True), self._references():
+        with put_back(self.model), self.trained(True), self._references():
             values = self.risk_gradients()
             if not self.sites:
                 self.precision = self._precision()

@@ -29,6 +29,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+@contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model's parameters are the very ones that they were: `functional_call` may leave shared ones replaced."""
+    before = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, parameters in before:
+            module._parameters.update(parameters)
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums over many batches are kept in: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -63,7 +63,8 @@ def _lines(path: str | Path, text: bytes) -> list[tuple[str, Any]]:
             try:
                 found.append((f"line {number}", json.loads(line.decode())))
             except ValueError as error:  # also text that is not UTF-8
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+                what = f"{path}, line {number}: not JSON ({error}); one object a line is wanted, or one array of them"
+                raise ValueError(what) from error
     return found
 
 

@@ -16,8 +16,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 @contextmanager
 def evaluating(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
-    """The model as whatever measures it runs it: in eval mode, by its own forward pass, without flash-attn; and back."""
-    with in_eval_mode(model, checkpointing), _own_forward(unwrap(model)), _plain_kernels(unwrap(model)):
+    """The model as whatever measures it runs it: in eval mode, by its own forward pass, without flash-attn; and back.
+
+    A caller's autocast is off: what is measured says its own, within.
+    """
+    device = next(model.parameters()).device.type
+    own = _own_forward(unwrap(model)), _plain_kernels(unwrap(model))
+    with in_eval_mode(model, checkpointing), own[0], own[1], torch.autocast(device, enabled=False):
         yield
 
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
@@ -32,6 +33,8 @@ from unlearn.objectives.tokens import IGNORE, head_at, token_outputs, widen
 
 Prompt = tuple[int, ...]
 KEPT = 2  # positions that some models keep for themselves
+PADDING = 3  # tokens behind a row
+_LOOKED_AT: WeakSet[nn.Module] = WeakSet()  # whose padding was found to change nothing
 
 
 @dataclass(frozen=True)
@@ -128,19 +131,54 @@ def check_fit(model: PreTrainedModel, rows: Sequence[Row], places: Sequence[str]
     """Raises ValueError where the model does not embed a row's token, or has no position for it; `places` names the rows."""
     embedded = len(unwrap(model).get_input_embeddings().weight)
     for place, row in zip(places, rows, strict=True):
-        if (token := int(row["input_ids"].max())) >= embedded:
-            raise ValueError(f"{place}: has the token {token}, and the model embeds {embedded}: 0 to {embedded - 1}")
+        used = torch.cat([row["input_ids"], row["labels"][row["labels"] != IGNORE]])
+        if used.is_floating_point():
+            raise ValueError(f"{place}: its input_ids or labels are {used.dtype}, and tokens are whole numbers")
+        for token in (int(used.min()), int(used.max())):
+            if not 0 <= token < embedded:
+                raise ValueError(f"{place}: has the token {token}, and the model embeds {embedded}: 0 to {embedded - 1}")
+    if rows:
+        _check_padding(model, min(rows, key=lambda row: len(row["input_ids"])))
     positions = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
     length, longest = max(((len(row["input_ids"]), i) for i, row in enumerate(rows)), default=(0, 0))
-    if positions is None or length <= positions - KEPT:
+    if positions is None or positions < 1 or length <= positions - KEPT:
         return
-    try:  # rotary positions go on behind those that a model was made for
+    ids = rows[longest]["input_ids"][None].to(model.device)
+    if _runs(model, ids):  # rotary positions go on behind those that a model was made for
+        return
+    fit = positions if _runs(model, ids[:, :positions]) else positions - KEPT
+    raise ValueError(
+        f"{places[longest]}: has {length} tokens, and the model positions for {positions}; max_length={fit} cuts rows"
+    )
+
+
+def _runs(model: PreTrainedModel, ids: Tensor) -> bool:
+    try:
         with torch.no_grad(), evaluating(model, checkpointing=False):
-            model(input_ids=rows[longest]["input_ids"][None].to(model.device), use_cache=False)
-    except (IndexError, RuntimeError) as error:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except (IndexError, RuntimeError):
+        return False
+    return True
+
+
+def _check_padding(model: PreTrainedModel, row: Row) -> None:
+    """Raises ValueError where what a model says of a row depends on the padding behind it; looks once at a model."""
+    if model in _LOOKED_AT:
+        return
+    n = len(row["input_ids"])
+    padding = {"input_ids": torch.full((PADDING,), int(row["input_ids"][-1])), "labels": torch.full((PADDING,), IGNORE)}
+    longer = {key: torch.cat([row[key], padding[key]]) for key in padding}
+    alone, behind = (collate([one], 0) for one in (row, longer))
+    behind["attention_mask"][:, n:] = 0
+    with torch.no_grad(), evaluating(model, checkpointing=False):
+        nlls = [token_outputs(model, {key: x.to(model.device) for key, x in one.items()}).nll for one in (alone, behind)]
+    rounding = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    if not (nlls[0] - nlls[1]).norm() <= rounding * nlls[0].norm():
         raise ValueError(
-            f"{places[longest]}: has {length} tokens, and the model positions for {positions}; max_length={positions} cuts rows"
-        ) from error
+            f"{type(unwrap(model)).__name__}: the padding behind a row changes what the model says of it, so rows can't be"
+            " padded to one length; it is not supported"
+        )
+    _LOOKED_AT.add(model)
 
 
 def token_nlls(how: Pass, rows: Sequence[Row], what: str = "losses") -> list[Tensor]:

@@ -113,16 +113,20 @@ def score_rows(
     max_length: int = 500,
     max_new_tokens: int = 200,
     rouge_tokenizer: str = "ascii",
+    special_tokens: bool | None = None,
 ) -> pd.DataFrame:
     """Every score that has a value for a single row, for (prompt, answer) texts: a data frame, one line a row.
 
     Columns: loss, tokens (how many it is the mean of), probability, ps_exact, extraction_strength, exact_memorization; zlib,
     min_k, min_k_plus_plus, reference (nan without a `reference`, the retain model); generated_text, rougeL_recall (nan for an
     answer without a word, see `scores.rouge_recalls`). In float64 where the model is.
+
+    Args:
+        special_tokens: whether the tokenizer's own are added; None: to texts that do not begin with them.
     """
     if not pairs:
         raise ValueError("no rows to score")
-    rows = tokenize_pairs(pairs, tokenizer, min(max_length, positions_of(model) or max_length))
+    rows = tokenize_pairs(pairs, tokenizer, min(max_length, positions_of(model) or max_length), special_tokens=special_tokens)
     check_fit(model, rows, [f"pairs[{i}]" for i in range(len(rows))])
     how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, batch_size=batch_size)
     forced = teacher_force(how, rows, moments=True)
