@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from app.data import check_split
 from app.families import load_family
-from settings import check_forget_split, parse_method
+from app.filling import benchmark
+from app.methods import parse_method
 
 ROOT = Path(__file__).resolve().parent
 USAGE = "{} METHOD --model=FAMILY --setting=forget01|forget05|forget10 [--hyper=NUMBER] [--cuda_id=GPU] [key=value ...]"
@@ -67,7 +69,8 @@ def choose_device(cuda_id: int | None) -> dict[str, str]:
 def run_settings(args: argparse.Namespace) -> list[str]:
     """forget.py's settings that the arguments stand for. Raises ValueError for an unknown method, family or split."""
     load_family(args.model)
-    check_forget_split(args.setting)
+    chosen = [word.partition("=")[2] for word in args.overrides if word.startswith("benchmark=")]
+    check_split(benchmark([*chosen, "tofu"][0]), "unlearn", args.setting)
     settings = [f"model_family={args.model}", f"split={args.setting}", *parse_method(args.method)]
     if args.hyper is not None:
         settings.append(f"hyper_param={int(args.hyper) if args.hyper.is_integer() else args.hyper}")

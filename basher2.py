@@ -14,9 +14,11 @@ import shlex
 import sys
 from pathlib import Path
 
-import forget
-import settings
-import utils
+from app import door
+from app.compose import compose, given
+from app.fields import flatten
+from app.filling import with_family
+from app.runs import learning_rate, run_folder
 from basher1 import ROOT, choose_device, parse_args, run_settings
 from unlearn.io.weights import run_checkpoints
 
@@ -29,7 +31,7 @@ def find_run(run: list[str], overrides: list[str]) -> Path:
     Raises:
         ValueError: there is no such run, or it has no checkpoint; lists those there are.
     """
-    known = utils.flatten(utils.compose_config("forget", run))
+    known = flatten(compose("forget", run))
     of_run = [word for word in overrides if key(word) in known]
     fewer = [word for word in of_run if key(word) not in MEASURED]
     folders = [folder_of([*run, *words]) for words in (of_run, fewer)]
@@ -40,10 +42,9 @@ def find_run(run: list[str], overrides: list[str]) -> Path:
 
 
 def folder_of(overrides: list[str]) -> Path:
-    cfg = utils.compose_config("forget", [settings.quote(word) for word in overrides])
-    family = settings.prepare(cfg, "forget")
-    cfg.lr = utils.learning_rate(cfg, family.unlearn_lr)
-    return forget.folder_of(cfg)
+    settings, family = with_family(given("forget", [door.quote(word) for word in overrides]))
+    lr = learning_rate(settings.lr, family.unlearn_lr, bool(settings.LoRA.r))
+    return Path(settings.save_dir or run_folder(settings.model_copy(update={"lr": lr})))
 
 
 def key(setting: str) -> str:
@@ -52,9 +53,9 @@ def key(setting: str) -> str:
 
 def command(run: Path, overrides: list[str]) -> list[str]:
     """The compute_geffect.py command for that run, with those of the settings that are its own."""
-    known = utils.flatten(utils.compose_config("forget_ge", ["model_family=tiny"]))
+    known = flatten(compose("forget_ge", ["model_family=tiny"]))
     own = [word for word in overrides if key(word) in known]
-    return [sys.executable, str(ROOT / "compute_geffect.py"), settings.quote(f"model_path_cur={run}"), *own]
+    return [sys.executable, str(ROOT / "compute_geffect.py"), door.quote(f"model_path_cur={run}"), *own]
 
 
 def main(argv: list[str]) -> int:
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
         line = command(find_run(run_settings(args), args.overrides), args.overrides)
         environment = choose_device(args.cuda_id)
     except Exception as error:
-        return settings.report(error, "forget_ge")
+        return door.report(error, "forget_ge")
     print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *line]), file=sys.stderr, flush=True)
     os.execve(line[0], line, os.environ | environment)  # in this very process: signals reach it, its exit code is ours
 

@@ -1,4 +1,4 @@
-"""Question-answer rows to padded, masked batches: from TOFU, or from local JSONL files.
+"""Rows of texts to tokens, and to the padded, masked batches of a training run, in order.
 
 Letters: B rows, T tokens of the longest of them.
 """
@@ -7,42 +7,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils.data import Dataset
 
+from app.data import PLACE
 from app.families import Family
 from app.places import IDK
 from unlearn.io.rows import read_jsonl
 from unlearn.objectives.rows import Row, collate, counts, tokenize_pairs
 from unlearn.passes.forcing import check_fit
-from utils import RETAIN_OF, default_holdout
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
-PLACE = "_place"  # of a row: in which split or file it is, and where there
 ANSWER = "\ue000answer\ue000"  # stands where a chat template puts the answer; private-use characters, in no one's text
-
-
-def read_split(data_path: str, name: str) -> list[dict[str, Any]]:
-    """The rows of split `name` of TOFU, on the hub or in a local folder of its layout."""
-    file = Path(data_path, f"{name}.json")
-    if file.exists():
-        return placed(read_jsonl(file), f"split {name}")
-    from datasets import load_dataset
-
-    return placed(load_dataset(data_path, name, split="train").to_list(), f"split {name}")
-
-
-def placed(rows: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The rows, each with its place as the user knows it, for what there is to say of it."""
-    return [row | {PLACE: f"{where}, row {number}"} for number, row in enumerate(rows, start=1)]
 
 
 def prompt_and_answer(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> tuple[str, str]:
@@ -95,7 +76,7 @@ def tokenize(
     max_length: int,
     model: PreTrainedModel | None = None,
 ) -> list[Row]:
-    """Question-answer rows to token ids, with labels on the answer's tokens and one end-of-sequence token.
+    """Rows to token ids, with labels on the answer's tokens and one end-of-sequence token; of a plain text on all.
 
     The boundary is a character offset of the one tokenised text: a token that reaches past it is the answer's. A chat
     template writes the beginning-of-sequence token itself, and what it writes after the answer is dropped.
@@ -108,13 +89,17 @@ def tokenize(
             has no end-of-sequence token, gives no offsets or does not have the chat template that the family needs.
     """
     places = [row.get(PLACE, f"row {number}") for number, row in enumerate(rows, start=1)]
+    plain = bool(rows) and all("text" in row and "question" not in row for row in rows)
     for place, row in zip(places, rows, strict=True):
-        if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
+        if not plain and not (isinstance(row.get("question"), str) and isinstance(row.get("answer"), str)):
             raise ValueError(f"{place}: needs the texts 'question' and 'answer', and has {sorted(row.keys() - {PLACE})}")
-    pairs = [prompt_and_answer(row, tokenizer, family) for row in rows]
-    tag = len(family.answer_tag) if family.loss_on_answer_tag else 0
-    special = False if family.chat_template else None
-    found = tokenize_pairs(pairs, tokenizer, max_length, prompt_loss=tag, special_tokens=special, places=places)
+    if plain:
+        found = tokenize_pairs([("", row["text"]) for row in rows], tokenizer, max_length, places=places)
+    else:
+        pairs = [prompt_and_answer(row, tokenizer, family) for row in rows]
+        tag = len(family.answer_tag) if family.loss_on_answer_tag else 0
+        special = False if family.chat_template else None
+        found = tokenize_pairs(pairs, tokenizer, max_length, prompt_loss=tag, special_tokens=special, places=places)
     if model is not None:
         check_fit(model, found, places)
     return found
@@ -188,54 +173,7 @@ class StepBatches(Dataset[dict[str, Any]]):
         return batch
 
 
-def step_batches(
-    cfg: DictConfig, forget: list[Row], retain: list[Row], steps: int, processes: int, pad: int, held_out: int = 0
-) -> StepBatches:
-    """The run's micro-batches, with the configuration's batch size, accumulation and seed; rows by their numbers in the split.
-
-    Args:
-        held_out: how many rows of the retain split stand before the first of `retain`.
-    """
-    size = cfg.batch_size, cfg.gradient_accumulation_steps * processes
-    return StepBatches(forget, retain, steps, *size, cfg.seed, pad, first=(1, 1 + held_out))
-
-
 def beside_rows(rows: Sequence[T], n: int | None, forget: int, seed: int) -> list[T]:
     """The retain rows of a G-effect's loss: `n` (null: as many as there are to forget) of those trained on, drawn once."""
     n = min(len(rows), forget if n is None else n)
     return [rows[i] for i in random.Random(f"geffect {seed}").sample(range(len(rows)), n)]
-
-
-def finetune_rows(cfg: DictConfig, split: str | None = None) -> list[dict[str, Any]]:
-    """The question-answer rows of `split` (left out: the configuration's)."""
-    split = split or cfg.split
-    if cfg.forget_data is None and cfg.retain_data is None:
-        return read_split(cfg.data_path, split)
-    files = [cfg.retain_data] if split.startswith("retain") else [cfg.retain_data, cfg.forget_data]
-    return [row for file in files if file is not None for row in placed(read_jsonl(file), str(file))]
-
-
-@dataclass(frozen=True)
-class UnlearningData:
-    """Question-answer rows: to forget, to keep beside it while unlearning, and the held-out ones to keep."""
-
-    forget: list[dict[str, Any]]
-    retain: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
-
-
-def unlearning_data(cfg: DictConfig) -> UnlearningData:
-    """The rows of an unlearning run.
-
-    Raises:
-        ValueError: holding out `retain_holdout` rows leaves no retain row to train on.
-    """
-    if cfg.forget_data is not None:
-        forget, retain = (placed(read_jsonl(file), str(file)) for file in (cfg.forget_data, cfg.retain_data))
-        n = default_holdout(len(retain)) if cfg.retain_holdout is None else cfg.retain_holdout
-    else:
-        forget, retain = read_split(cfg.data_path, cfg.split), read_split(cfg.data_path, RETAIN_OF[cfg.split])
-        n = len(read_split(cfg.data_path, "retain_perturbed")) if cfg.retain_holdout is None else cfg.retain_holdout
-    if n >= len(retain):
-        raise ValueError(f"retain_holdout={n}: the retain split has {len(retain)} rows, and some must be left to train on")
-    return UnlearningData(forget, retain[n:], retain[:n])

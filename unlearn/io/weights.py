@@ -187,7 +187,7 @@ def other_weights(folder: Path, names: str = WEIGHTS) -> list[str]:
     """The files of a folder that hold weights, or name them, in whatever format, a few folders deep."""
     found = [file for pattern in ("*", "*/*", "*/*/*") for file in folder.glob(pattern)]
     files = [str(file.relative_to(folder)) for file in found if not file.is_dir()]
-    return sorted(file for file in files if re.search(names, file))
+    return sorted(file for file in files if re.search(names, file, re.IGNORECASE))
 
 
 def step_of(folder: Path) -> int | None:

@@ -1,0 +1,130 @@
+"""From settings to the library's objects: models with their adapters and shards, losses, batches, how to train."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra.utils import instantiate
+
+import dataloader
+from app.families import Family
+from app.settings import Forget, GEffects, Method, Retain, Training
+from unlearn.io.files import written_beside
+from unlearn.models.adapters import LoRA, add_lora, has_adapters
+from unlearn.models.checkpoints import base_on_disk, load, pad_id
+from unlearn.models.sharding import shard
+from unlearn.objectives.loss import Loss
+from unlearn.training.trainer import Settings as HowToTrain
+from utils import is_main_process, model_device, processes, use_bfloat16
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from unlearn.objectives.rows import Row
+
+
+def load_to_train(
+    settings: Training, family: Family, path: str, folder: Path
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The checkpoint's tokenizer and model, with adapters where the settings have some.
+
+    Args:
+        folder: the run's, where adapters' own model is put if it is on no disk.
+    """
+    flash = family.flash_attention2 and use_bfloat16(settings.dtype, family.dtype)
+    kind = getattr(torch, settings.weights)
+    tokenizer, model = load(path, family.hf_key, model_device(settings.parallel), flash, kind)
+    adapt(model, settings, base_on_disk(path, folder, model, tokenizer) if settings.LoRA.r else path)
+    return tokenizer, model
+
+
+def adapt(model: PreTrainedModel, settings: Training | GEffects, base: str) -> None:
+    """Give the model adapters where the settings have some; `base`: where the model is loaded from when they are."""
+    if settings.LoRA.r:
+        add_lora(model, LoRA(**settings.LoRA.model_dump()), settings.seed, base)
+
+
+def split_up(settings: Training | GEffects, bf16: bool, *models: PreTrainedModel | None) -> None:
+    """Put the models, each once, into shards where the settings say so."""
+    for model in dict.fromkeys(models) if settings.parallel == "fsdp" else ():
+        if model is not None:
+            shard(model, bf16)
+
+
+def reference_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is before unlearning, for later: a frozen copy, or itself where it has adapters to switch off."""
+    return model if has_adapters(model) else copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def tokenizing(
+    settings: Training | GEffects, family: Family, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> Callable[[Sequence[Mapping[str, Any]]], list[Row]]:
+    """Rows to tokens, as the family has them, checked to have a place in the model."""
+    length = settings.max_length
+    return partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=length, model=model)
+
+
+def step_batches(
+    settings: Training, forget: list[Row], retain: list[Row], steps: int, tokenizer: PreTrainedTokenizerBase, held_out: int = 0
+) -> dataloader.StepBatches:
+    """The run's micro-batches; rows are called by their numbers in the split.
+
+    Args:
+        held_out: how many rows of the retain split stand before the first of `retain`.
+    """
+    size = settings.batch_size, settings.gradient_accumulation_steps * processes()
+    return dataloader.StepBatches(forget, retain, steps, *size, settings.seed, pad_id(tokenizer), first=(1, 1 + held_out))
+
+
+def how_to_train(settings: Training, family: Family, steps: int, per_epoch: int) -> HowToTrain:
+    """Warm-up over the first epoch; saved once an epoch unless `save_steps` is given."""
+    return HowToTrain(
+        steps=steps,
+        warmup_steps=min(per_epoch, steps - 1),  # a run shorter than an epoch reaches its lr too
+        save_steps=settings.save_steps or per_epoch,
+        bf16=use_bfloat16(settings.dtype, family.dtype),
+        lr=settings.lr,
+        seed=settings.seed,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optim,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        logger=settings.logger,
+    )
+
+
+def build_loss(method: Method, retain: Retain, seed: int, model: PreTrainedModel, reference: PreTrainedModel | None) -> Loss:
+    """The loss that the method's and the retain term's YAML describe.
+
+    Args:
+        seed: of the run's fixed random vector, where the method looks at a layer.
+        reference: the model before unlearning, for a retain term that compares with it.
+    """
+    layer, noise = method.get("layer"), None
+    if layer is not None:
+        width = model.config.get_text_config().hidden_size
+        noise = torch.rand(width, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    return Loss(
+        objective=instantiate(method.objective),
+        retain=None if retain.term is None else instantiate(retain.term),
+        weight=retain.weight,
+        layer=layer,
+        noise=noise,
+        reference=reference if retain.get("reference") else None,
+    )
+
+
+def save_noise(settings: Forget, loss: Loss) -> None:
+    """The run's fixed random vector, where its loss has one."""
+    if loss.noise is not None and is_main_process():
+        from safetensors.torch import save_file
+
+        with written_beside(Path(str(settings.save_dir), "noise.safetensors")) as beside:
+            save_file({"noise": loss.noise.cpu()}, beside)

@@ -1,0 +1,93 @@
+"""From Hydra's YAML and overrides to settings: here, and nowhere below, is a configuration that is not typed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from app.fields import Number, Settings, defaults, flatten, parse, unknown
+from app.places import CONFIG
+from app.settings import COMMANDS, OF_OPEN
+
+GROUPS = ("benchmark", "method", "retain")
+
+OmegaConf.register_new_resolver(
+    "hyper", lambda default, *, _root_: default if _root_.hyper_param is None else _root_.hyper_param, replace=True
+)
+for _name, _group in COMMANDS.items():  # what their YAML begins with
+    ConfigStore.instance().store(name=f"{_name}_settings", node=defaults(_group))
+
+
+def compose(config_name: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What Hydra composes, nested, inside a Hydra job or outside."""
+    if GlobalHydra.instance().is_initialized():
+        return nested(hydra_compose(config_name, overrides))
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        return nested(hydra_compose(config_name, overrides))
+
+
+def nested(config: DictConfig) -> dict[str, Any]:
+    """With interpolations resolved."""
+    found: Any = OmegaConf.to_container(config, resolve=True)
+    return found
+
+
+def given(config_name: str, overrides: list[str] | None = None) -> Any:
+    """A command's settings as they are given, nothing filled in. Raises ValueError for what does not fit."""
+    return parsed(COMMANDS[config_name], compose(config_name, overrides))
+
+
+def group(name: str, choice: str, *overrides: str) -> dict[str, Any]:
+    """A group's YAML (of `benchmark`, `method`, `retain`)."""
+    found: dict[str, Any] = compose("forget", [f"{name}={choice}", *overrides])[name]
+    return found
+
+
+def parsed(command: type[Settings], config: dict[str, Any]) -> Any:
+    """The command's settings of what was composed.
+
+    Raises:
+        ValueError: it was composed for another command, a key is unknown, or a value does not fit.
+    """
+    name = getattr(command, "config")  # noqa: B009
+    if "method" in config and "method" not in command.model_fields:
+        raise ValueError(f"the configuration is forget's: is --config-name={name} meant?")
+    by_file = {key for key in command.model_fields if key in GROUPS}
+    absent = by_file if name not in ("forget", "finetune") else set()  # taken from a run
+    if lacking := [key for key in command.model_fields if key not in config and key not in absent]:
+        raise ValueError(f"the configuration lacks {', '.join(lacking)}: is --config-name={name} meant?")
+    for key in by_file & config.keys():
+        if not isinstance(config[key], dict):
+            raise ValueError(f"{key}={config[key]}: is a group of settings, config/{key} has them")
+        check_open(key, config[key])
+    return parse(command, config)
+
+
+def check_open(name: str, found: dict[str, Any]) -> None:
+    """Raises ValueError where a group has keys that its YAML does not have, or a value of another type than there."""
+    if name == "benchmark":
+        return
+    hyper = [f"method={found['name']}"] if name == "retain" and found["name"] in ("gd", "kl") else []
+    of_file = flatten(group(name, str(found["name"]), *hyper))
+    for key, value in flatten(found).items():
+        if key not in of_file:
+            parent = key.rpartition(".")[0]
+            beside = [k for k in of_file if k.startswith(f"{parent}." if parent else "")]
+            raise ValueError(unknown(f"{name}.{key}", list(dict.fromkeys(k.partition(".")[0] for k in beside))))
+        kind = OF_OPEN.get(key.rpartition(".")[2]) or like(of_file[key])
+        if kind is not None:
+            one = type("One", (Settings,), {"__annotations__": {"value": kind}})
+            try:
+                parse(one, {"value": value})
+            except ValueError as error:
+                raise ValueError(str(error).replace("value=", f"{name}.{key}=", 1)) from None
+
+
+def like(default: Any) -> Any:
+    """The type of a method's own key: its default's."""
+    return bool if isinstance(default, bool) else Number if isinstance(default, int | float) else str if default else None

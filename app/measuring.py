@@ -1,0 +1,152 @@
+"""What a G-effect measurement is of: its steps, its objectives, its rows, and the meter that they make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app.checks import check_layer
+from app.compose import compose
+from app.families import Family
+from app.methods import parse_method
+from app.runs import run_of, saved_settings
+from app.settings import GEffects, Method, Retain
+from unlearn.io.rows import read_jsonl, read_object, write_json
+from unlearn.io.weights import is_of, run_checkpoints, step_of, weights_of
+from utils import is_main_process, model_device, use_bfloat16
+
+if TYPE_CHECKING:
+    from unlearn.geffect import Meter
+
+Steps = list[tuple[int, str]]
+Objectives = dict[tuple[str, float | None], tuple[Method, Retain]]
+
+
+def find_steps(settings: GEffects) -> tuple[Steps, Steps]:
+    """The steps to measure, and the one that comes after the last of them, if there is one.
+
+    Raises:
+        ValueError: model_path_cur is no checkpoint nor a run's folder, or its step is not known.
+    """
+    if settings.model_path_cur is None:
+        return [(0, settings.model_path)], []
+    here = Path(settings.model_path_cur)
+    if inside := run_checkpoints(here):
+        return [(0, settings.model_path), *((step, str(path)) for step, path in inside)], []
+    step = step_of(here) if settings.step is None else settings.step
+    if step is None:
+        raise ValueError(f"model_path_cur={here}: its folder is not called checkpoint-<step>; give step=N")
+    later = [(s, str(path)) for s, path in run_checkpoints(here.parent) if s > step and step_of(here) is not None]
+    return [(step, str(here))], later[:1]
+
+
+def parse_sweep(settings: GEffects) -> Objectives:
+    """The objectives of `sweep=[METHOD:HYPER,...]` by method and hyper-parameter, each as its YAML has it.
+
+    Raises:
+        ValueError: an entry is no method, or what stands behind its colon no number.
+    """
+    found: Objectives = {}
+    for entry in settings.sweep or []:
+        name, colon, number = str(entry).partition(":")
+        try:
+            hyper = float(number) if colon else None
+        except ValueError:
+            raise ValueError(f"sweep={entry}: {number!r} is no number; entries are METHOD or METHOD:HYPER") from None
+        one = compose("forget", [*parse_method(name), *([] if hyper is None else [f"hyper_param={hyper:g}"])])
+        found[name, hyper] = method, _ = Method.model_validate(one["method"]), Retain.model_validate(one["retain"])
+        if (layer := method.get("layer")) is not None:
+            check_layer(settings.model_path, layer)
+    return found
+
+
+def check_weights(folder: Path, steps: Steps, following: Steps) -> None:
+    """Note which weights each step is of. Raises ValueError where the tables of one of `steps` are of others."""
+    file = folder / "weights.json"
+    noted = read_object(file) if file.exists() else {}
+    if other := [str(step) for step, path in steps if not is_of(path, noted.get(str(step)))]:
+        raise ValueError(
+            f"{folder} has the G-effects of other weights at step {', '.join(other)}; remove it, or give save_dir=FOLDER"
+        )
+    if is_main_process():
+        new = {str(step): weights_of(path) for step, path in [*steps, *following] if str(step) not in noted}
+        write_json(file, noted | new)
+
+
+def build_meter(settings: GEffects, family: Family) -> Meter:
+    """The meter of the settings' objective and of their sweep's, on the original model."""
+    import torch
+
+    from app.building import adapt, build_loss, reference_of, split_up, tokenizing
+    from app.data import data_of, unlearning_data
+    from dataloader import beside_rows, idk_rows
+    from unlearn.geffect import Meter, Target, Wanted
+    from unlearn.geffect.parts import RISKS
+    from unlearn.models import load, pad_id
+    from unlearn.models.evaluating import enable_gradient_checkpointing
+    from unlearn.passes import Pass, token_nlls
+
+    data = unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
+    training = unlearning_data(data_of(settings), settings.split, held_out_by_run(settings))
+    if len(data.held_out) > len(training.held_out):
+        raise ValueError(f"retain_holdout={settings.retain_holdout}: the run held out {len(training.held_out)} rows only")
+    bf16 = settings.dtype not in ("float64", "float32") and use_bfloat16(settings.dtype, family.dtype)
+    kind = torch.float64 if settings.dtype == "float64" else getattr(torch, settings.weights)
+    tokenizer, model = load(settings.model_path, family.hf_key, model_device(settings.parallel), dtype=kind)
+    adapt(model, settings, settings.model_path)
+    sweep = parse_sweep(settings)
+    objectives = [(settings.method, settings.retain), *sweep.values()]
+    reference = reference_of(model) if any(retain.get("reference") for _, retain in objectives) else None
+    split_up(settings, bf16, model, reference)
+    tokenize, pad = tokenizing(settings, family, tokenizer, model), pad_id(tokenizer)
+    risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
+    rows = {"forget": risks["unlearn"], "idk": []}
+    if any(method.answers == "idk" for method, _ in objectives):
+        rows["idk"] = tokenize(idk_rows(data.forget, settings.seed))
+    if any(method.get("reference") for method, _ in objectives):
+        how = Pass(model, pad, tokenizer.eos_token_id, bf16, settings.batch_size)
+        nlls = token_nlls(how, rows["forget"], what="reference")
+        rows["forget"] = [row | {"ref_nll": nll} for row, nll in zip(rows["forget"], nlls, strict=True)]
+    beside = tokenize(beside_rows(training.retain, settings.geffect.retain_rows, len(data.forget), settings.seed))
+    targets = [
+        Target(build_loss(method, retain, settings.seed, model, reference), rows[method.answers], beside if retain.term else ())
+        for method, retain in objectives
+    ]
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return Meter(
+        model=model,
+        target=targets[0],
+        risks=risks,
+        pad=pad,
+        wanted=Wanted(settings.instances, settings.norms, settings.positions, settings.tokens),
+        sweep=dict(zip(sweep, targets[1:], strict=True)),
+        bf16=bf16,
+        batch_size=settings.batch_size,
+        offload=settings.geffect.offload,
+        decode=lambda token: str(tokenizer.decode([token])),
+    )
+
+
+def held_out_by_run(settings: GEffects) -> int | None:
+    """As many retain rows as the run itself held out: the others it was trained on."""
+    run = run_of(settings.model_path_cur)
+    return settings.retain_holdout if run is None else saved_settings(run)["retain_holdout"]
+
+
+def order_of(settings: GEffects) -> list[int]:
+    """The steps of the run that is measured, as far as its checkpoints are there, 0 first."""
+    folders = [] if settings.model_path_cur is None else [Path(settings.model_path_cur), Path(settings.model_path_cur).parent]
+    there = next((found for folder in folders if (found := run_checkpoints(folder))), [])
+    return [0, *(step for step, _ in there)]
+
+
+def learning_rates(run: Path | None) -> dict[int, float]:
+    """Each training step's, from the run's log."""
+    file = None if run is None else run / "logs" / "train.jsonl"
+    if file is None or not file.exists() or not file.stat().st_size:
+        return {}
+    try:
+        return {line["step"]: line["learning_rate"] for line in read_jsonl(file)}
+    except KeyError as error:
+        raise ValueError(f"{file}: a line lacks {error}") from error

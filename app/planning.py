@@ -1,0 +1,135 @@
+"""What a command needs of memory and disk, told in place of running it: `plan=N`, N being the number of processes (GPUs)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from app.checks import count_steps, model_config, shapes
+from app.data import TEXTS, Data, data_of, finetune_sets
+from app.families import Family
+from app.filling import with_family
+from app.settings import BYTES, OPTIMIZERS, Common, EvalEverything, Finetune, Forget, GEffects, Training
+from unlearn.io.rows import read_jsonl
+from utils import use_bfloat16
+
+if TYPE_CHECKING:
+    from unlearn.models.plan import Work
+
+CHARACTERS = 4.6  # of English, to a token
+LABELS = 0.63  # of a row of TOFU's tokens
+LONGEST = 139  # tokens, of TOFU's rows with their prompts
+PROMPT = 20  # characters of a family's tags
+ROWS = {"forget01": 40, "forget05": 200, "forget10": 400}  # of TOFU's
+
+
+def tell(asked: Common) -> None:
+    """Print the plan of what the settings would run: memory a process by what it is for, and disk."""
+    from unlearn.models import plan
+
+    settings, family = with_family(asked)
+    shape = plan.shape_of(configuration(settings, family))
+    work = work_of(settings, family)
+    if isinstance(settings, Training):
+        needs = [plan.training(shape, work)]
+        if isinstance(settings, Forget) and settings.geffect.every:
+            needs.append(plan.measuring(shape, work, optimizer=True))
+    elif isinstance(settings, GEffects):
+        needs = [plan.measuring(shape, work, optimizer=False)]
+    else:
+        needs = [plan.scoring(shape, work, models=3 if isinstance(settings, EvalEverything) and settings.control else 1)]
+    kind = "GPU" if work.gpu else "CPU"
+    print(f"{family.name}: {shape.parameters:,} parameters, {settings.plan} x {kind}, parallel={settings.parallel}")
+    print(plan.table(needs))
+
+
+def configuration(settings: Common, family: Family) -> Any:
+    """The model's configuration: of the folder or hub name given, else of config/shapes.yaml.
+
+    Raises:
+        ValueError: it is in none of these.
+    """
+    from transformers import AutoConfig
+
+    for path in (getattr(settings, "model_path", None), getattr(settings, "model_path_cur", None), family.hf_key):
+        found = path and model_config(str(path))
+        if found:
+            return AutoConfig.for_model(**found)
+    known = shapes()
+    shape = known.get(family.name)
+    shape = known[shape] if isinstance(shape, str) else shape
+    if shape is None:
+        raise ValueError(
+            f"hf_key={family.hf_key}: no config.json there, and config/shapes.yaml does not have model_family={family.name};"
+            " give hf_key=FOLDER with the model's config.json"
+        )
+    return AutoConfig.for_model(**({"tie_word_embeddings": False} | shape))
+
+
+def work_of(settings: Common, family: Family) -> Work:
+    """How the settings have the work done, on as many processes as are planned for."""
+    from unlearn.models.plan import Work
+
+    gpu, tokens = has_gpu(settings.plan_for), longest_row(settings)
+    dtype = getattr(settings, "dtype")  # noqa: B009
+    work: dict[str, Any] = {
+        "rows": settings.batch_size,
+        "tokens": tokens,
+        "labels": round(LABELS * tokens),
+        "bf16": gpu if dtype == "auto" and family.dtype is None and gpu else use_bfloat16(dtype, family.dtype),
+        "checkpointing": family.gradient_checkpointing,
+        "shards": settings.plan if settings.parallel == "fsdp" else 1,
+        "gpu": gpu,
+        "optimizer": 0,
+    }
+    if isinstance(settings, Training | GEffects):
+        work |= {"weight": BYTES[settings.weights], "lora": settings.LoRA.r or 0}
+        work["checkpointing"] = settings.gradient_checkpointing
+    if isinstance(settings, Training):
+        work |= {"optimizer": OPTIMIZERS[settings.optim].state, "saved": BYTES[settings.save_dtype]}
+        work |= {"checkpoints": checkpoints(settings), "merged": isinstance(settings, Finetune)}
+    if isinstance(settings, Forget | GEffects):
+        retain = settings.retain.name != "none"
+        norms = settings.norms if isinstance(settings, GEffects) else settings.geffect.norms
+        work |= {"retain": retain, "reference": settings.retain.name == "kl", "norms": norms}
+        work["offload"] = settings.geffect.offload
+    return Work(**work)
+
+
+def has_gpu(plan_for: str | None) -> bool:
+    """Whether the plan is for GPUs: where `plan_for` does not say, whether there is one here."""
+    if plan_for is not None:
+        return plan_for == "gpu"
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def checkpoints(settings: Training) -> int:
+    """How many a run leaves: of the data's rows where they are at hand, else of TOFU's."""
+    if not isinstance(settings, Forget):
+        return 1
+    data = data_of(settings)
+    files = [data.file(name) for name in data.benchmark.unlearn[settings.split].forget]
+    there = all(file.exists() for file in files)
+    rows = sum(len(read_jsonl(file)) for file in files) if there else ROWS.get(settings.split, max(ROWS.values()))
+    number = -(-count_steps(settings, rows)[0] // settings.save_steps)
+    return min(number, settings.keep_last or number)
+
+
+def longest_row(settings: Common) -> int:
+    """Tokens of the longest row: told from its characters where the data are at hand, else of TOFU."""
+    data = data_of(settings)
+    files = [file for name in sets(settings, data) if (file := data.file(name)).exists()]
+    texts = [[row[text] for text in (*TEXTS, "text") if text in row] for file in files for row in read_jsonl(file)]
+    lengths = [sum(len(str(text)) for text in of_row) + PROMPT for of_row in texts]
+    return min(settings.max_length or 500, round(max(lengths) / CHARACTERS) if lengths else LONGEST)
+
+
+def sets(settings: Common, data: Data) -> list[str]:
+    """Those that are trained on, or measured."""
+    split = getattr(settings, "split", None)
+    if isinstance(settings, Finetune):
+        return finetune_sets(data, settings.split)
+    of = data.benchmark.unlearn.get(str(split))
+    retain = isinstance(settings, Forget | GEffects) and settings.retain.name != "none"
+    return [] if of is None else [*of.forget, *(of.retain if retain else [])]
