@@ -60,6 +60,7 @@ def parsed(command: type[Settings], config: dict[str, Any]) -> Any:
     by_file = {key for key in command.model_fields if key in GROUPS}
     absent = by_file if name not in ("forget", "finetune") else set()  # taken from a run
     if lacking := [key for key in command.model_fields if key not in config and key not in absent]:
+        lacking.sort(key=lambda key: key not in by_file)
         raise ValueError(f"the configuration lacks {', '.join(lacking)}: is --config-name={name} meant?")
     for key in by_file & config.keys():
         if not isinstance(config[key], dict):

@@ -85,7 +85,7 @@ def original_model(settings: Common, family: Family, key: str = "model_path") ->
         return str(here)
     data = split_name(tuning, (tuning.retain_data, tuning.forget_data))
     others = sorted(str(folder) for folder in here.parent.glob(f"ft_epoch*_{family.name}_{data}_*") if is_checkpoint(folder))
-    if family.ft_model_path is None or settings.benchmark.name != "tofu":
+    if family.ft_model_path is None or settings.benchmark.name != "tofu" or settings.forget_data is not None:
         raise ValueError(
             f"model_family={family.name}: no fine-tuned model, {here} is not there;"
             + (f" there are {', '.join(others)};" if others else f" run finetune.py model_family={family.name} first, or")

@@ -56,6 +56,7 @@ from tqdm import tqdm
 
 import dataloader
 import utils
+from app.compose import given
 from app.families import Family
 from unlearn.geffect.meter import Meter
 from unlearn.geffect.parts import RISKS
@@ -233,7 +234,7 @@ def disturb(model: PreTrainedModel, seed: int) -> None:
 
 def configuration(args: argparse.Namespace) -> DictConfig:
     """forget.py's, of which the data and the model are used."""
-    cfg = utils.compose_config("forget", ["method=wga"])
+    cfg = given("forget", ["method=wga"])
     cfg.model_family, cfg.split, cfg.seed = args.family, args.split, args.seed
     cfg.model_path, cfg.data_path = args.model, args.data
     return cfg

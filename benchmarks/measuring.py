@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from app.checks import check_checkpoint
+from app.evaluating import prepare
 from app.families import Family
 from app.places import find_path
 
@@ -19,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts 
 # One process has one device, not torch's DataParallel over all.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
+import settings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import dataloader
-import settings
 import utils
 from unlearn.objectives.tokens import IGNORE
 
@@ -135,10 +137,10 @@ def prepare(cfg: DictConfig) -> Family:
 
     It is forget.py's, without what concerns checkpoints: none is written.
     """
-    family = settings.prepare(cfg, "forget")
+    family = prepare(cfg, "forget")
     settings.check_forget_data(cfg)
     cfg.model_path = find_path(cfg.model_path)
-    settings.check_checkpoint("model_path", cfg.model_path)
+    check_checkpoint("model_path", cfg.model_path)
     return family
 
 

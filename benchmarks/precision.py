@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from pages import table
 
 import compute_geffect
-import settings
-import utils
+from app.compose import given
+from app.door import quote
 from app.families import Family
 from unlearn.geffect.meter import Meter
 from unlearn.geffect.tables import Tables
@@ -32,8 +32,8 @@ WAYS = {
 
 
 def configured(words: list[str], way: str) -> tuple[DictConfig, Family]:
-    words = [settings.quote(word) for word in words]
-    cfg = utils.compose_config("forget_ge", [*words, *WAYS[way], "save_dir=unused"])
+    words = [quote(word) for word in words]
+    cfg = given("forget_ge", [*words, *WAYS[way], "save_dir=unused"])
     return cfg, compute_geffect.prepare(cfg)
 
 

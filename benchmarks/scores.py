@@ -46,8 +46,9 @@ from scores_ways import CASES, CASES_OF, DERIVED, Bench, Found, Watch
 from tqdm import tqdm
 
 import dataloader
-import settings
 import utils
+from app.compose import given
+from app.data import check_split
 from app.families import Family
 from app.places import find_path
 from unlearn.models.checkpoints import load, pad_id
@@ -107,7 +108,7 @@ def race(bench: Bench, names: Sequence[str], rounds: int) -> dict[str, Record]:
 
 def configuration(args: argparse.Namespace) -> DictConfig:
     """forget.py's, of which the data and the model are used."""
-    cfg = utils.compose_config("forget", ["method=ga"])
+    cfg = given("forget", ["method=ga"])
     cfg.model_family, cfg.split, cfg.max_length = args.family, args.split, MAX_LENGTH
     cfg.model_path, cfg.data_path = args.model, find_path(args.data)
     return cfg
@@ -117,7 +118,7 @@ def first_rows(cfg: DictConfig, n: int) -> list[dict[str, Any]]:
     """Half of them to forget, half to keep. Raises ValueError where there are not so many."""
     found: list[dict[str, Any]] = []
     for split, wanted in ((f"{cfg.split}_perturbed", n - n // 2), ("retain_perturbed", n // 2)):
-        settings.check_split(cfg.data_path, split)
+        check_split(cfg.data_path, split)
         rows = dataloader.read_split(cfg.data_path, split)
         if wanted > len(rows):
             raise ValueError(f"--rows={n}: {split} has {len(rows)} rows, and {wanted} are wanted")

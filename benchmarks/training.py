@@ -50,6 +50,8 @@ from training_race import GROUPS, LOOPS, REST, SLOW_STEPS, Plain, Race, Record, 
 import dataloader
 import forget
 import utils
+from app.checks import count_steps
+from app.compose import given
 from app.families import Family
 from unlearn.models.checkpoints import load, pad_id
 from unlearn.passes.forcing import Pass, token_nlls
@@ -88,7 +90,7 @@ def compare(cfg: DictConfig, family: Family, args: argparse.Namespace) -> dict[s
         with riding_along(race):
             train(model, forget.build_loss(cfg, model, None), batches, how, Path(cfg.save_dir))
 
-    run_steps, _ = utils.count_steps(cfg, len(rows))
+    run_steps, _ = count_steps(cfg, len(rows))
     numbers = summary(race, step_tokens(batches, drawn, cfg.max_length, cfg.batch_size), reference_seconds / run_steps)
     once = {"seconds": reference_seconds, "rows": len(rows), "steps_of_a_run": run_steps}
     used = {"this code": model.config._attn_implementation, "plain": args.plain_attention}
@@ -241,7 +243,7 @@ def method_notes(method: str, numbers: dict[str, Any]) -> list[str]:
 
 def configuration(args: argparse.Namespace, method: str, folder: str) -> DictConfig:
     """forget.py's configuration for the method."""
-    cfg = utils.compose_config("forget", [f"method={method}"])
+    cfg = given("forget", [f"method={method}"])
     cfg.model_family, cfg.split, cfg.dtype, cfg.seed = args.family, args.split, args.dtype, args.seed
     cfg.model_path, cfg.data_path, cfg.save_dir = args.model, args.data, f"{folder}/{method}"
     cfg.batch_size, cfg.gradient_accumulation_steps = args.batch_size, args.gradient_accumulation_steps

@@ -39,7 +39,7 @@ from test_geffect import (
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import settings
+from app.checks import check_architecture, check_layer
 from app.families import load_family
 from unlearn.geffect.target import Target, Wanted
 from unlearn.models.adapters import LoRA, add_lora, merged_state
@@ -231,13 +231,13 @@ def test_a_nested_configuration_is_looked_into(tmp_path: Path, depth: str) -> No
         (tmp_path / name).mkdir()
         config = {"model_type": "gemma3", "text_config": {depth: 2, "vocab_size": vocabulary}}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    settings.check_layer(str(tmp_path / "one"), 2)
+    check_layer(str(tmp_path / "one"), 2)
     with pytest.raises(ValueError, match=r"method\.layer=3: .* has 0 \(its embeddings\) to 2"):
-        settings.check_layer(str(tmp_path / "one"), 3)
+        check_layer(str(tmp_path / "one"), 3)
     family = load_family("tiny", hf_key=str(tmp_path / "one"))
-    settings.check_architecture("model_path", str(tmp_path / "one"), family)
+    check_architecture("model_path", str(tmp_path / "one"), family)
     with pytest.raises(ValueError, match="has vocab_size 38, and model_family=tiny 37"):
-        settings.check_architecture("model_path", str(tmp_path / "other"), family)
+        check_architecture("model_path", str(tmp_path / "other"), family)
 
 
 def test_a_list_of_small_modules_beside_the_blocks() -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import settings
 import torch
 from conftest import ROOT, run_in
 from safetensors.torch import load_file, save_file
 
-import settings
+from app.door import cli
 
 CONFIGS = {"finetune": "finetune", "forget": "forget", "compute_geffect": "forget_ge"}
 CONFIGS |= {"tofu_evaluation": "eval_tofu", "evaluation_everything": "eval_everything"}
@@ -170,7 +171,7 @@ def assert_refused(
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *line.split()])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        settings.cli(importlib.import_module(script).run, CONFIGS[script])
+        cli(importlib.import_module(script).run, CONFIGS[script])
     err = capsys.readouterr().err
     said = [told for told in err.replace("\r", "\n").splitlines() if told.startswith(f"{script}.py: ")]
     assert len(said) == 1, err

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import compute_geffect
 import forget
-import settings
 import unlearn.reporting.figures
-import utils
+from app.compose import given
+from app.door import cli
 from unlearn.geffect.call import GEffectCallback, geffect, meter_of
 from unlearn.geffect.target import Wanted
 from unlearn.objectives.functions import ga, mean_nll
@@ -50,7 +50,7 @@ def call(job: Callable[[DictConfig], Any], config: str, place: Path, words: str,
         patch.chdir(place)
         if not figures:
             patch.setattr(unlearn.reporting.figures, "draw", lambda folder: [])
-        job(utils.compose_config(config, words.split()))
+        job(given(config, words.split()))
 
 
 measure = partial(call, compute_geffect.run, "forget_ge")
@@ -293,7 +293,7 @@ def test_what_a_user_gets_wrong(
 ) -> None:
     monkeypatch.chdir(place)
     for name, value in {"HYDRA_FULL_ERROR": "1", "CUDA_VISIBLE_DEVICES": "0"}.items():
-        monkeypatch.setenv(name, value)  # what settings.cli sets does not outlive the test
+        monkeypatch.setenv(name, value)  # what cli sets does not outlive the test
     cases = {
         "model_path_cur=icml": ["icml", "without a checkpoint"],
         "model_family=tiny method=ga model_path_cur=data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0": ["step=N"],
@@ -312,7 +312,7 @@ def test_what_a_user_gets_wrong(
     for line, words in cases.items():
         monkeypatch.setattr(sys, "argv", ["compute_geffect.py", *line.split()])
         with pytest.raises(SystemExit) as stopped:
-            settings.cli(compute_geffect.run, "forget_ge")
+            cli(compute_geffect.run, "forget_ge")
         out, err = capsys.readouterr()
         assert (stopped.value.code, out) == (2, ""), line
         assert err.count("\n") == 1, err

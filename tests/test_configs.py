@@ -16,10 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 
 import basher1
 import forget
-import settings
-import utils
-from app import families
+from app import checks, data, families, runs
+from app.checks import count_steps
+from app.compose import given, nested
 from app.families import load_families, load_family
+from app.fields import flatten
+from app.filling import with_family
+from app.runs import finetuned_folder, original_model
 
 CONFIG = ROOT / "config"
 NO_MODEL = ("aggregate_eval_stat",)  # without a family
@@ -90,10 +93,9 @@ def test_family(name: str) -> None:
 
 @pytest.mark.parametrize("name", load_families())
 def test_every_family_composes(name: str) -> None:
-    cfg = composed(f"model_family={name}")
-    family = settings.prepare(cfg, "forget")
-    assert cfg.model_family == family.name == load_family(name).name
-    assert cfg.hf_key == family.hf_key
+    settings, family = with_family(given("forget", [f"model_family={name}"]))
+    assert settings.model_family == family.name == load_family(name).name
+    assert settings.hf_key == family.hf_key
 
 
 def test_family_overrides() -> None:
@@ -173,17 +175,16 @@ def test_entry_of_the_published_code(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def folder_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The folder that basher1's arguments, or forget.py's settings, lead to."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(settings, "on_hub", lambda name, repo_type: True)
-    monkeypatch.setattr(utils, "original_model", lambda family, cfg: "some/model")
-    monkeypatch.setattr(settings, "check_layer", lambda model_path, layer: None)
+    for module in (data, checks):
+        monkeypatch.setattr(module, "on_hub", lambda name, repo_type: True)
+    monkeypatch.setattr(runs, "original_model", lambda settings, family: "some/model")
+    monkeypatch.setattr(forget, "check_layer", lambda model_path, layer: None)
 
     def folder_of(line: str) -> str:
         words = line.split()
         if not words[0].startswith("model_family="):
             words = basher1.command(basher1.parse_args(words))[2:]
-        cfg = composed(*words)
-        forget.prepare(cfg)
-        return str(cfg.save_dir)
+        return str(forget.prepare(given("forget", words))[0].save_dir)
 
     return folder_of
 
@@ -241,27 +242,27 @@ def test_run_folder_is_where_the_user_says(folder_of: Any) -> None:
 def test_finetuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where finetune.py puts a model of the family is where forget.py looks for it."""
     tiny, phi = load_family("tiny"), load_family("phi")
-    tuning = utils.compose_config("finetune", ["model_family=any"])
-    cfg = utils.compose_config("forget", ["model_family=any"])
-    assert str(utils.finetuned_folder(phi, tuning)) == "data/weight/ft_epoch5_lr2e-05_phi_full_wd0.0"
-    given = ["model_family=tiny", "split=retain90", "lr=2e-5", "num_epochs=2.5", "weight_decay=0.01", "seed=1", "output_dir=w"]
-    folder = utils.finetuned_folder(tiny, utils.compose_config("finetune", given))
+    tuning = given("finetune", ["model_family=any"])
+    cfg = given("forget", ["model_family=any"])
+    assert str(finetuned_folder(tuning, phi)) == "data/weight/ft_epoch5_lr2e-05_phi_full_wd0.0"
+    words = ["model_family=tiny", "split=retain90", "lr=2e-5", "num_epochs=2.5", "weight_decay=0.01", "seed=1", "output_dir=w"]
+    folder = finetuned_folder(given("finetune", words), tiny)
     assert str(folder) == "w/ft_epoch2.5_lr2e-05_tiny_retain90_wd0.01_seed=1"
     monkeypatch.chdir(tmp_path)
-    assert utils.original_model(phi, cfg) == "locuslab/tofu_ft_phi-1.5"
-    here = utils.finetuned_folder(tiny, tuning)
+    assert original_model(cfg, phi) == "locuslab/tofu_ft_phi-1.5"
+    here = finetuned_folder(tuning, tiny)
     assert str(here) == "data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0"
     here.mkdir(parents=True)
     with pytest.raises(ValueError, match="no fine-tuned model"):
-        utils.original_model(tiny, cfg)
+        original_model(cfg, tiny)
     (here / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (here / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")  # no tensors, whole
-    assert utils.original_model(tiny, cfg) == str(here)
+    assert original_model(cfg, tiny) == str(here)
     # local files: a model of TOFU is never taken for theirs
-    cfg.forget_data, cfg.retain_data = "mine/go.jsonl", "mine/keep.jsonl"
+    cfg = cfg.model_copy(update={"forget_data": "mine/go.jsonl", "retain_data": "mine/keep.jsonl"})
     for family in (tiny, phi):
         with pytest.raises(ValueError, match=r"keep\+go_wd0.0 is not there"):
-            utils.original_model(family, cfg)
+            original_model(cfg, family)
 
 
 # ---- the short names ----
@@ -320,7 +321,7 @@ def test_hyper_param_reaches_its_argument(method: str, key: str, default: float)
     if key.startswith("method.objective."):
         assert instantiate(cfg.method.objective).keywords[key.rpartition(".")[2]] == 3.5
         assert cfg.retain.weight == 0
-    assert {name for name, value in utils.flatten(cfg).items() if value == 3.5} == {key, "hyper_param"}  # and nothing else
+    assert {name for name, value in flatten(nested(cfg)).items() if value == 3.5} == {key, "hyper_param"}  # and nothing else
 
 
 def test_npo_kl_has_two_numbers() -> None:
@@ -348,4 +349,4 @@ def test_basher1_prints_the_published_numbers() -> None:
 
 @pytest.mark.parametrize(("rows", "steps", "per_epoch"), [(40, 12, 2), (200, 62, 12), (400, 125, 25)])
 def test_steps_of_tofus_splits(rows: int, steps: int, per_epoch: int) -> None:
-    assert utils.count_steps(composed("model_family=phi"), rows) == (steps, per_epoch)
+    assert count_steps(given("forget", ["model_family=phi"]), rows) == (steps, per_epoch)

@@ -17,10 +17,13 @@ import yaml
 from conftest import ROOT, run_in
 from safetensors.torch import load_file, save_file
 
-import evaluation
 import forget
 import unlearn.reporting.figures
 import utils
+from app import evaluating
+from app.compose import given
+from app.data import hash_rows
+from app.runs import check_run, open_run
 from unlearn.io.weights import fingerprint, sampled
 from unlearn.models.checkpoints import load_model, load_weights
 
@@ -62,12 +65,12 @@ Start = Callable[[str], tuple[int, str]]
 def start(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
     """Start a script again, without figures: its exit code and what it says."""
     monkeypatch.setattr(unlearn.reporting.figures, "draw", lambda folder: [])
-    monkeypatch.setattr(evaluation, "draw_run", lambda found: None)
+    monkeypatch.setattr(evaluating, "draw_run", lambda found: None)
 
     def start(script: str) -> tuple[int, str]:
         capsys.readouterr()
         try:
-            importlib.import_module(script).run(utils.compose_config(CONFIGS[script], SCRIPTS[script].split()))
+            importlib.import_module(script).run(given(CONFIGS[script], SCRIPTS[script].split()))
         except ValueError as error:
             return 2, str(error)
         return 0, capsys.readouterr().err
@@ -255,7 +258,7 @@ def test_a_fingerprint_is_of_an_adapters_model_too(young: Path, tmp_path: Path) 
 
 
 def test_the_sentences_of_idk_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = utils.compose_config("forget", ["model_family=tiny", "method=idk", "hf_key=some/model", "model_path=some/model"])
+    cfg = given("forget", ["model_family=tiny", "method=idk", "hf_key=some/model", "model_path=some/model"])
     cfg.data_path = str(ROOT / "data/sample")
     before = forget.made_of(cfg)["data"]
     assert set(before) == {"forget10", "retain90", "retain_perturbed", "idontknow"}
@@ -264,9 +267,9 @@ def test_the_sentences_of_idk_are_data(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(module, "IDK", tmp_path / "idontknow.jsonl")
     after = forget.made_of(cfg)["data"]
     assert {name for name in before if after[name] != before[name]} == {"idontknow"}
-    utils.open_run(tmp_path / "run", cfg, {"data": before})
+    open_run(tmp_path / "run", cfg, {"data": before})
     with pytest.raises(ValueError, match=r"run of other data: idontknow \(.*idontknow\.jsonl\): is not what it was"):
-        utils.check_run(tmp_path / "run", cfg, made_of={"data": after})
+        check_run(tmp_path / "run", cfg, made_of={"data": after})
 
 
 @pytest.mark.parametrize("kept", [torch.float64, torch.bfloat16])
@@ -288,8 +291,8 @@ def test_a_checkpoints_own_precision_is_kept(kept: torch.dtype, young: Path, tmp
 def test_rows_are_told_by_what_is_read() -> None:
     rows: list[dict[str, Any]] = [{"question": "Where?", "answer": "There.", "id": 1}, {"question": "Who?", "answer": "He."}]
     others: list[list[dict[str, Any]]] = [[rows[1], rows[0]], rows[:1], [rows[0], rows[1] | {"answer": "She."}], []]
-    assert utils.hash_rows(rows) == utils.hash_rows([row | {"id": 2} for row in rows])
-    assert len({utils.hash_rows(given) for given in (rows, *others)}) == 5
+    assert hash_rows(rows) == hash_rows([row | {"id": 2} for row in rows])
+    assert len({hash_rows(given) for given in (rows, *others)}) == 5
 
 
 def test_an_adapter_is_merged_in_the_models_precision(young: Path, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import finetune
 import forget
 import tofu_evaluation
-import utils
 from app import families
+from app.checks import count_steps
+from app.compose import given
 from app.families import Family, load_family
 from dataloader import (
     IDK,
@@ -342,10 +343,10 @@ def test_a_chat_from_fine_tuning_to_evaluation(tmp_path: Path, monkeypatch: pyte
     common = ["model_family=chatty", "forget_data=go.jsonl", "retain_data=keep.jsonl", "dtype=float32"]
     training = ["batch_size=1", "gradient_accumulation_steps=1", "lr=2e-3", "save_steps=1000"]
 
-    finetune.run(utils.compose_config("finetune", [*common, *training, "num_epochs=100", "save_dir=tuned"]))
-    tofu_evaluation.run(utils.compose_config("eval_tofu", [*common, "model_path=tuned", "split=forget10"]))
+    finetune.run(given("finetune", [*common, *training, "num_epochs=100", "save_dir=tuned"]))
+    tofu_evaluation.run(given("eval_tofu", [*common, "model_path=tuned", "split=forget10"]))
     learnt = json.loads(Path("tuned/eval_results/ds_size300/scores.json").read_text())["tofu"]
-    forget.run(utils.compose_config("forget", [*common, *training, "model_path=tuned", "num_epochs=4", "save_dir=run"]))
+    forget.run(given("forget", [*common, *training, "model_path=tuned", "num_epochs=4", "save_dir=run"]))
     losses = json.loads(Path("run/logs/losses.json").read_text())
     assert (learnt["forget"]["rouge"], learnt["retain"]["rouge"]) == (1, 1)
     assert math.exp(-losses["forget"]["start"]) == pytest.approx(learnt["forget"]["probability"], rel=1e-4)
@@ -560,7 +561,7 @@ def test_read_jsonl_names_the_place(tmp_path: Path, text: str, message: str) -> 
 
 
 def forget_config(*overrides: str) -> Any:
-    return utils.compose_config("forget", ["model_family=tiny", f"data_path={ROOT / 'data/sample'}", *overrides])
+    return given("forget", ["model_family=tiny", f"data_path={ROOT / 'data/sample'}", *overrides])
 
 
 @pytest.mark.parametrize("split", ["forget01", "forget05", "forget10"])
@@ -610,13 +611,13 @@ def test_nothing_left_to_retain() -> None:
 def test_steps_of_tofus_splits(rows: int, steps: int, an_epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     cfg = forget_config()
-    assert utils.count_steps(cfg, rows) == (steps, an_epoch)
+    assert count_steps(cfg, rows) == (steps, an_epoch)
     cfg.batch_size = 2
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert utils.count_steps(cfg, rows) == (steps, an_epoch)
+    assert count_steps(cfg, rows) == (steps, an_epoch)
 
 
 def test_too_few_rows_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match="num_epochs=5 of 3 rows are no whole step of 16"):
-        utils.count_steps(forget_config(), 3)
+        count_steps(forget_config(), 3)

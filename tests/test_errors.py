@@ -13,16 +13,21 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, run_in
-from omegaconf import DictConfig
 
 import basher1
-import settings
-import utils
-from app import families
+from app import checks, data, families
+from app.compose import given
+from app.data import check_rows
+from app.door import cli
 from app.families import load_families, load_family
+from app.runs import check_run, open_run
+from app.settings import COMMANDS as SETTINGS
+from app.settings import Aggregate, Forget
 
 CONFIGS = {"finetune": "finetune", "forget": "forget"}
 CONFIGS |= {"tofu_evaluation": "eval_tofu", "evaluation_everything": "eval_everything"}
+CLASSES: dict[str, tuple[Any, ...]] = {script: (SETTINGS[config],) for script, config in CONFIGS.items()}
+CLASSES["tofu_evaluation"] += (Aggregate,)
 METHODS = "ga, gd, idk, kl, npo, rmu, tnpo, wga, wtnpo"
 FAMILIES = "llama2-7b, phi"
 SPLITS = "forget01, forget05, forget10"
@@ -257,11 +262,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Call a script's entry, up to its `prepare` only; gives the exit code and standard error."""
-    monkeypatch.setattr(settings, "on_hub", lambda name, repo_type: False)
+    for module in (data, checks):
+        monkeypatch.setattr(module, "on_hub", lambda name, repo_type: False)
     for name, value in {"HYDRA_FULL_ERROR": "1", "CUDA_VISIBLE_DEVICES": "0"}.items():
-        monkeypatch.setenv(name, value)  # what settings.cli sets does not outlive the test
+        monkeypatch.setenv(name, value)  # what cli sets does not outlive the test
 
-    def call(line: str, job: Callable[[DictConfig], Any] | None = None) -> tuple[int, str]:
+    def call(line: str, job: Callable[[Any], Any] | None = None) -> tuple[int, str]:
         argv = shlex.split(line)
         monkeypatch.setattr(sys, "argv", argv)
         script = argv[0].removesuffix(".py")
@@ -271,7 +277,7 @@ def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
             module = importlib.import_module(script)
             entry = module.run if AGGREGATE in line else module.prepare  # which reads two logs, and no model
             with pytest.raises(SystemExit) as stopped:
-                settings.cli(job or entry, CONFIGS[script])
+                cli(job or entry, *CLASSES[script])
             code = stopped.value.code
         out, err = capsys.readouterr()
         assert out == ""
@@ -309,11 +315,10 @@ def test_command(place: Path, line: str, words: list[str]) -> None:
 
 def test_what_is_right_passes(call: Callable[..., tuple[int, str]]) -> None:
     """The table's common part is no error by itself: the job is reached."""
-    seen: list[DictConfig] = []
+    seen: list[Forget] = []
 
-    def job(cfg: DictConfig) -> None:
-        importlib.import_module("forget").prepare(cfg)
-        seen.append(cfg)
+    def job(given: Forget) -> None:
+        seen.append(importlib.import_module("forget").prepare(given)[0])
         raise ValueError("reached")
 
     assert call(GA, job) == (2, "forget.py: reached\n")
@@ -325,7 +330,7 @@ def test_a_path_may_have_an_equals_sign(call: Callable[..., tuple[int, str]], pl
     (place / "model").rename(place / "ga_seed=1")
     seen = []
 
-    def job(cfg: DictConfig) -> None:
+    def job(cfg: Forget) -> None:
         seen.append(cfg.model_path)
         raise ValueError("reached")
 
@@ -341,7 +346,7 @@ def test_debug_gives_the_traceback(place: Path) -> None:
     done = run_in(place, f"python {ROOT}/{GA} split=forget20 debug=true", check=False)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
-    assert "in check_forget_split" in done.stderr
+    assert "in check_split" in done.stderr
 
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
@@ -356,21 +361,21 @@ def test_only_local_rank_0_prints(
 def test_a_bad_job_does_not_end_a_sweep(call: Callable[..., tuple[int, str]]) -> None:
     seen = []
 
-    def job(cfg: DictConfig) -> None:
+    def job(cfg: Forget) -> None:
         seen.append(cfg.lr)
-        if cfg.lr < 0:
+        if cfg.lr > 1:
             raise ValueError(f"lr={cfg.lr}: bad")
 
-    code, err = call(f"forget.py -m {TINY} lr=-1,1,-2", job)
-    lines = ["lr=-1: bad", "lr=-2: bad", "job 0 failed: lr=-1: bad", "job 2 failed: lr=-2: bad"]
+    code, err = call(f"forget.py -m {TINY} lr=2,1,3", job)
+    lines = ["lr=2: bad", "lr=3: bad", "job 0 failed: lr=2: bad", "job 2 failed: lr=3: bad"]
     assert (code, err.splitlines()[:-1]) == (2, [f"forget.py: {line}" for line in lines])
     assert err.splitlines()[-1].startswith("forget.py: 1 of 3 jobs are done; the summary is icml/sweeps/forget_")
-    assert seen == [-1, 1, -2]
+    assert seen == [2, 1, 3]
 
 
 def test_other_errors_are_one_line_too(call: Callable[..., tuple[int, str]]) -> None:
     def fail(error: Exception) -> tuple[int, str]:
-        def job(cfg: DictConfig) -> None:
+        def job(cfg: Forget) -> None:
             raise error
 
         return call(GA, job)
@@ -389,23 +394,23 @@ def test_a_model_that_does_not_load(place: Path) -> None:
 
 def test_another_runs_settings(tmp_path: Path) -> None:
     defaults = ["model_family=tiny", "lr=1e-3"]
-    utils.open_run(tmp_path, utils.compose_config("forget", defaults))
-    utils.check_run(tmp_path, utils.compose_config("forget", [*defaults, "debug=true", "save_steps=7"]))  # the same run
+    open_run(tmp_path, given("forget", defaults))
+    check_run(tmp_path, given("forget", [*defaults, "debug=true", "save_steps=7"]))  # the same run
     with pytest.raises(ValueError, match=r"seed=42 there, 7 here; batch_size=4 there, 8 here") as refused:
-        utils.check_run(tmp_path, utils.compose_config("forget", [*defaults, "batch_size=8", "seed=7"]))
+        check_run(tmp_path, given("forget", [*defaults, "batch_size=8", "seed=7"]))
     assert str(tmp_path) in str(refused.value)
     assert "lr" not in str(refused.value).replace(str(tmp_path), "")
 
 
 def test_another_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the family's entry says of the prompt is a setting of the run, too."""
-    cfg = utils.compose_config("forget", ["model_family=tiny", "lr=1e-3"])
-    utils.open_run(tmp_path, cfg)
+    cfg = given("forget", ["model_family=tiny", "lr=1e-3"])
+    open_run(tmp_path, cfg)
     entries = load_families()
     entries["tiny"]["answer_tag"] = "A: "
     monkeypatch.setattr(families, "load_families", lambda: entries)
     with pytest.raises(ValueError, match=r"family.answer_tag=Answer:  there, A:  here"):
-        utils.check_run(tmp_path, cfg)
+        check_run(tmp_path, cfg)
 
 
 def test_basher1_names_the_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +436,7 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
     """A line separator within a text, which JSON allows unescaped, does not break the row."""
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"question": "a\u2028b", "answer": "c\u0085d"}, ensure_ascii=False), encoding="utf-8")
-    assert settings.check_rows(file) == 1
+    assert check_rows("a file", file) == 1
 
 
 @pytest.mark.parametrize("script", sorted(CONFIGS))

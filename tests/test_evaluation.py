@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import settings
 import torch
 import yaml
 from conftest import ROOT, make_workplace, run_in
 
-import evaluation
 import evaluation_everything
 import finetune
 import forget
-import settings
 import tofu_evaluation
-import utils
+from app import evaluating
+from app.compose import given
 from app.families import load_family
 from unlearn.models import checkpoints
 from unlearn.objectives.rows import Row, tokenize_pairs
@@ -70,9 +70,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     full, retain, run = (folder / name for name in ("data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0", "retain", "run"))
     for model, split, epochs in ((full, "full", 60), (retain, "retain90", 90)):
         words = [f"split={split}", f"save_dir={model}", "batch_size=8", "lr=4e-3"]
-        finetune.run(utils.compose_config("finetune", [*common, *words, f"num_epochs={epochs}"]))
+        finetune.run(given("finetune", [*common, *words, f"num_epochs={epochs}"]))
     words = ["split=forget10", "method=ga", f"model_path={full}", f"save_dir={run}", "batch_size=4", "lr=2e-3"]
-    forget.run(utils.compose_config("forget", [*common, *words, "num_epochs=1.5", "save_steps=1"]))
+    forget.run(given("forget", [*common, *words, "num_epochs=1.5", "save_steps=1"]))
     shutil.rmtree(run / "checkpoint-2")
     return Place(data, full, retain, run)
 
@@ -82,7 +82,7 @@ def evaluate(script: ModuleType, folder: Path | None, **given: Any) -> None:
     words = [f"{key.replace('__', '.')}={value}" for key, value in given.items()]
     words = [SHORT, *words] if script is tofu_evaluation else words
     words += [f"save_dir={folder}"] if folder is not None else []
-    script.run(utils.compose_config(CONFIGS[script], ["dtype=float32", *words]))
+    script.run(given(CONFIGS[script], ["dtype=float32", *words]))
 
 
 def read(file: Path) -> Any:
@@ -90,7 +90,7 @@ def read(file: Path) -> Any:
 
 
 def prepared(script: ModuleType, *words: str) -> Any:
-    cfg = utils.compose_config(CONFIGS[script], list(words))
+    cfg = given(CONFIGS[script], list(words))
     script.prepare(cfg)
     return cfg
 
@@ -102,7 +102,7 @@ def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse(*_: Any) -> None:
         raise AssertionError("a model is run")
 
-    return lambda: monkeypatch.setattr(evaluation.Models, "at", refuse)
+    return lambda: monkeypatch.setattr(evaluating.Models, "at", refuse)
 
 
 # ---- TOFU's scores ----
@@ -256,7 +256,7 @@ def test_logs_alone(by_path: Path, of_retain: Path, tmp_path: Path) -> None:
 
 
 def aggregated(**given: Any) -> None:
-    tofu_evaluation.run(utils.compose_config("aggregate_eval_stat", [f"{key}={value}" for key, value in given.items()]))
+    tofu_evaluation.run(given("aggregate_eval_stat", [f"{key}={value}" for key, value in given.items()]))
 
 
 def without_task(log: Any) -> None:
@@ -433,7 +433,7 @@ def test_elsewhere_is_nothing_of_the_run(place: Place, tmp_path: Path) -> None:
 def test_kept_weights_are_on_the_cpu(place: Place) -> None:
     """Whatever the model's place: each goes there before the next is read or copied."""
     cfg = prepared(evaluation_everything, f"model_path={place.run}/checkpoint-3", "dtype=float32")
-    models = evaluation.Models(cfg, load_family("tiny", hf_key=cfg.hf_key, data_path=cfg.data_path), keep=True)
+    models = evaluating.Models(cfg, load_family("tiny", hf_key=cfg.hf_key, data_path=cfg.data_path), keep=True)
     own = {parameter.data_ptr() for parameter in models.at(str(place.full)).model.parameters()}
     for path in (place.full, place.run / "checkpoint-3"):
         weights = models.of(str(path))
@@ -583,7 +583,7 @@ def test_a_model_of_the_hub_leaves_no_folder_of_its_name(monkeypatch: pytest.Mon
     monkeypatch.setattr(settings, "on_hub", lambda name, kind: True)
     monkeypatch.setattr(settings, "check_architecture", lambda *_: None)
     cfg = prepared(tofu_evaluation, "model_path=some/model", "model_family=tiny", "split=forget10")
-    [target] = evaluation.targets(cfg)
+    [target] = evaluating.targets(cfg)
     assert (target.path, target.folder) == ("some/model", Path("icml/some--model/eval_results/ds_size300"))
 
 
@@ -614,16 +614,16 @@ def test_killed_and_started_again(
         ["real_authors", "retain"] if left else ["control_0.0", "control_0.05", "control_0.1", "original", "unlearned"]
     )
     measured: list[str] = []
-    part = evaluation.Progress.part
+    part = evaluating.Progress.part
 
-    def noted(self: evaluation.Progress, name: str, measure: Callable[[], Any]) -> Any:
+    def noted(self: evaluating.Progress, name: str, measure: Callable[[], Any]) -> Any:
         def measure_and_note() -> Any:
             measured.append(name)
             return measure()
 
         return part(self, name, measure_and_note)
 
-    monkeypatch.setattr(evaluation.Progress, "part", noted)
+    monkeypatch.setattr(evaluating.Progress, "part", noted)
     files: dict[str, dict[str, str]] = {}
     for name in ("a", "b"):
         monkeypatch.chdir(tmp_path / name)

@@ -32,10 +32,10 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from app.compose import given
 from unlearn.objectives.functions import Objective, ga, kl, mean_nll, npo, rmu, tnpo, weighted, wga, wtnpo
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.tokens import IGNORE, Counts, Tokens, label_positions, token_outputs
-from utils import compose_config
 
 Batch = dict[str, Any]
 GOLD = Path(__file__).parents[2] / "shared" / "gold" / "objectives"
@@ -109,7 +109,7 @@ def gold_config(case: str) -> Any:
     overrides += [f"retain.weight={number}"] if name == "npo_kl" else []  # quirk: beta is the weight, too
     overrides += [f"method.layer={rest[0]}"] if method == "rmu" else []
     overrides += [f"method.alpha={rest[0]}"] if method == "wtnpo" and rest[0] != "x" else []
-    return compose_config("forget", overrides)
+    return given("forget", overrides)
 
 
 def gold_loss(cfg: Any) -> tuple[Loss, Batch]:

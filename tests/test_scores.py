@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import forget
-import utils
+from app.compose import given
 from unlearn.objectives.rows import Row, tokenize_pairs
 from unlearn.passes.decoding import decode, greedy_answers
 from unlearn.passes.forcing import Pass, teacher_force, token_nlls
@@ -619,7 +619,7 @@ def test_scores_while_unlearning_change_no_bit(young: Path, tmp_path: Path) -> N
     """`eval.every=4`: rows for the steps 0, 4 and the last, of the checkpoint's own scores; the training is the same bits."""
     common = ["model_family=tiny", "split=forget05", f"model_path={young}", "method=ga", "save_steps=100", "dtype=float32"]
     for name, more in (("plain", []), ("scored", ["eval.every=4"])):
-        forget.run(utils.compose_config("forget", [*common, *more, f"save_dir={tmp_path}/{name}"]))
+        forget.run(given("forget", [*common, *more, f"save_dir={tmp_path}/{name}"]))
     weights = [load_file(tmp_path / name / "checkpoint-6/model.safetensors") for name in ("plain", "scored")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     table = pd.read_csv(tmp_path / "scored/scores.csv", float_precision="round_trip").set_index("step")

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import ROOT, make_workplace, run_in
 
-import settings
 import utils
-from settings import OPTIMIZERS
+from app.checks import check_optimizer
+from app.compose import given
+from app.settings import OPTIMIZERS
 from unlearn.models import checkpoints
 from unlearn.models.sharding import like
-from utils import compose_config
 
 TORCHRUN = "torchrun --nproc_per_node=2 --master_port=18791"
 RUN = (
@@ -142,10 +142,10 @@ def test_processes_without_a_part_of_a_weight(tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", ["finetune.py", "forget.py split=forget05 method=ga"])
 @pytest.mark.parametrize("name", [name for name, optimizer in OPTIMIZERS.items() if optimizer.library == "bitsandbytes"])
 def test_optimizers_that_cannot_be_split(script: str, name: str) -> None:
-    cfg = compose_config(script.partition(".")[0], ["model_family=tiny", *script.split()[1:], f"optim={name}", "parallel=fsdp"])
+    cfg = given(script.partition(".")[0], ["model_family=tiny", *script.split()[1:], f"optim={name}", "parallel=fsdp"])
     with pytest.raises(ValueError, match=f"^optim={name}: .*parallel=fsdp.*adamw_torch_8bit.*adamw_torch_fused"):
-        settings.check_optimizer(cfg.optim, cfg.parallel)
-    settings.check_optimizer("adamw_torch_fused", "fsdp")
+        check_optimizer(cfg.optim, cfg.parallel)
+    check_optimizer("adamw_torch_fused", "fsdp")
 
 
 def test_attention_is_of_the_device_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:

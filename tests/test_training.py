@@ -18,12 +18,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import forget
-import settings
+from app.compose import given
+from app.runs import suffix
 from dataloader import StepBatches
 from unlearn.objectives.functions import rmu
 from unlearn.objectives.loss import Loss
 from unlearn.training.trainer import StepTrainer, freeze_unreached
-from utils import compose_config, override_suffix
+from utils import REPEATABLE, be_deterministic
 
 METHODS = ["finetune", "ga", "rmu_2", "npo_kl"]
 
@@ -165,7 +166,7 @@ def test_deterministic_training_and_measuring(young: Path, tmp_path: Path, monke
         return compute_loss(self, *args, **kwargs)
 
     monkeypatch.setattr(StepTrainer, "compute_loss", noted)
-    for name in settings.REPEATABLE:
+    for name in REPEATABLE:
         monkeypatch.delenv(name, raising=False)
     own = [
         "model_family=tiny",
@@ -175,16 +176,16 @@ def test_deterministic_training_and_measuring(young: Path, tmp_path: Path, monke
         "num_epochs=1",
         f"save_dir={tmp_path}/run",
     ]
-    cfg = compose_config("forget", [*own, "geffect.every=1", "eval.every=1", "deterministic=true"])
+    cfg = given("forget", [*own, "geffect.every=1", "eval.every=1", "deterministic=true"])
     try:
         forget.run(cfg)
         assert on == [True] * len(on) != []
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert override_suffix(cfg, "forget") == ""
+        assert suffix(cfg, "forget") == ""
         assert (tmp_path / "run/scores.csv").exists()
         assert (tmp_path / "run/geffect/steps.csv").exists()
     finally:
-        settings.be_deterministic(False)
+        be_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled()
 
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from app.door import cli
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -16,7 +18,6 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import settings
 import utils
 from unlearn.models.adapters import LoRA, add_lora
 from unlearn.models.sharding import all_finite, few_are_trained, local, shard, unreduced, whole, whole_state
@@ -90,7 +91,7 @@ def fail(cfg: Any) -> None:
 
 sys.argv[1:] = ["model_family=tiny"]
 try:
-    settings.cli(fail, "forget")
+    cli(fail, "forget")
 except SystemExit as stopped:
     found |= {"code": stopped.code, "ended": not dist.is_initialized()}
 if state.is_main_process:

@@ -6,22 +6,23 @@ torchrun --nproc_per_node=2 unlearn_five_steps.py MODEL OUT BATCH_SIZE ACCUMULAT
 import sys
 from pathlib import Path
 
+from app.compose import given
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import basher1
 import finetune
 import forget
-import utils
 
 model, out, batch_size, accumulation, parallel, *methods = sys.argv[1:]
 for method in methods:
     how = [f"batch_size={batch_size}", f"gradient_accumulation_steps={accumulation}", f"parallel={parallel}", "dtype=float32"]
     if method == "finetune":
         own = ["model_family=smollm2-135m", "data_path=data/sample", f"hf_key={model}", "num_epochs=0.1", "lr=1e-3"]
-        finetune.run(utils.compose_config("finetune", [*own, f"save_dir={out}/finetune/checkpoint-5", *how]))
+        finetune.run(given("finetune", [*own, f"save_dir={out}/finetune/checkpoint-5", *how]))
         continue
     overrides = [
         *("model_family=tiny", f"model_path={model}", f"save_dir={out}/{method}", *basher1.parse_method(method)),
         *("num_epochs=1", *how),
     ]
-    forget.run(utils.compose_config("forget", overrides))
+    forget.run(given("forget", overrides))
