@@ -9,14 +9,13 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch.utils.data import Dataset
 
 from app.data import PLACE
 from app.families import Family
 from app.places import IDK
 from unlearn.io.rows import read_jsonl
-from unlearn.objectives.rows import Row, collate, counts, tokenize_pairs
+from unlearn.objectives.rows import Row, counts, forget_batch, tokenize_pairs
 from unlearn.passes.forcing import check_fit
 
 if TYPE_CHECKING:
@@ -112,6 +111,19 @@ def idk_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     return [row | {"answer": draw.choice(sentences)} for row in rows]
 
 
+def second_rows(rows: Sequence[dict[str, Any]], source: str, seed: int) -> list[dict[str, Any]]:
+    """The same questions with their second answers: `idk`, or what stands in that column (the first of a list).
+
+    Raises:
+        ValueError: a row does not have that column.
+    """
+    if source == "idk":
+        return idk_rows(rows, seed)
+    if lacking := [str(row.get(PLACE, row)) for row in rows if not row.get(source)]:
+        raise ValueError(f'method.second={source}: {lacking[0]} has no such column; idk stands for "I don\'t know" sentences')
+    return [row | {"answer": row[source] if isinstance(row[source], str) else row[source][0]} for row in rows]
+
+
 def stream(n_rows: int, n: int, seed: int, name: str) -> list[int]:
     """The first `n` of one stream of row indices over epochs, each epoch shuffled anew."""
     draw = random.Random(f"{name} {seed}")
@@ -164,12 +176,10 @@ class StepBatches(Dataset[dict[str, Any]]):
         here = slice(part * self.batch_size, (part + 1) * self.batch_size)
         forget = [self.forget[row] for row in self.forget_order[step][here]]
         retain = [self.retain[row] for row in self.retain_order[step][here]]
-        batch: dict[str, Any] = collate(forget + retain, self.pad)
-        batch |= {"n_forget": len(forget), "forget_counts": self.forget_counts[step], "retain_counts": self.retain_counts[step]}
+        batch = forget_batch(forget, retain, self.pad)
+        batch |= {"forget_counts": self.forget_counts[step], "retain_counts": self.retain_counts[step]}
         rows = {"forget": self.forget_order[step][here], "retain": self.retain_order[step][here]}
         batch["rows"] = {name: [self.first[name] + row for row in numbers] for name, numbers in rows.items()}
-        if "ref_nll" in forget[0]:
-            batch["ref_nll"] = torch.cat([row["ref_nll"] for row in forget])
         return batch
 
 

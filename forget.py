@@ -82,16 +82,8 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
         close_run(folder)
         return say(f"{folder} is done already: {steps} steps" + not_there(settings, steps))
 
-    from app.building import (
-        build_loss,
-        how_to_train,
-        load_to_train,
-        reference_of,
-        save_noise,
-        split_up,
-        step_batches,
-        tokenizing,
-    )
+    from app import building
+    from app.building import build_loss, how_to_train, load_to_train, needs, step_batches, with_reference, with_second
     from dataloader import beside_rows, idk_rows
     from unlearn.geffect import GEffectCallback, Meter, Target, Wanted
     from unlearn.geffect.risks import trainable
@@ -107,9 +99,9 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     trained = sum(parameter.numel() for parameter in trainable(model).values())
     # `prepare` can't tell for a hub's model, or for adapters
     check_disk(settings, checkpoints(settings, steps), trained, settings.keep_last)
-    reference = reference_of(model) if settings.retain.get("reference") else None
-    split_up(settings, bf16, model, reference)
-    tokenize, pad = tokenizing(settings, family, tokenizer, model), pad_id(tokenizer)
+    reference = building.reference_of(model) if "ref_logits" in needs(settings.retain) else None
+    building.split_up(settings, bf16, model, reference)
+    tokenize, pad = building.tokenizing(settings, family, tokenizer, model), pad_id(tokenizer)
     measured = {"forget": tokenize(data.forget), "retain": tokenize(data.held_out)}
     if settings.method.answers == "idk":
         measured["idk"] = tokenize(idk_rows(data.forget, settings.seed))
@@ -117,11 +109,12 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     open_run(folder, settings, made_of(settings))
     how = Pass(model, pad, tokenizer.eos_token_id, bf16)
     before = {name: token_nlls(how, rows, f"{name} loss before") for name, rows in measured.items()}
-    target = measured.get("idk", measured["forget"])
-    if settings.method.get("reference"):  # the model before unlearning is the reference, and this pass its log-probabilities
-        target = [row | {"ref_nll": nll} for row, nll in zip(target, before["forget"], strict=True)]
+    # the model before unlearning is the reference, and this pass its log-probabilities
+    answers = settings.method.answers
+    target = with_second(measured[answers], data.forget, settings.method, settings.seed, tokenize)
+    target = with_reference(target, settings.method, how, before[answers])
     loss = build_loss(settings.method, settings.retain, settings.seed, model, reference)
-    save_noise(settings, loss)
+    building.save_noise(settings, loss)
 
     callbacks: list[TrainerCallback] = []
     if settings.geffect.every:

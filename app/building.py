@@ -17,13 +17,16 @@ from unlearn.io.files import written_beside
 from unlearn.models.adapters import LoRA, add_lora, has_adapters
 from unlearn.models.checkpoints import base_on_disk, load, pad_id
 from unlearn.models.sharding import shard
+from unlearn.objectives.functions import needs_of
 from unlearn.objectives.loss import Loss
+from unlearn.passes.forcing import Pass, token_nlls
 from unlearn.training.trainer import Settings as HowToTrain
 from utils import is_main_process, model_device, processes, use_bfloat16
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from unlearn.objectives.rows import Row
@@ -100,6 +103,44 @@ def how_to_train(settings: Training, family: Family, steps: int, per_epoch: int)
     )
 
 
+def needs(group: Method | Retain) -> frozenset[str]:
+    """What the method's objective, or the retain term, says that it needs."""
+    found = group.objective if isinstance(group, Method) else group.term
+    return needs_of(None if found is None else instantiate(found))
+
+
+def with_second(
+    rows: list[Row], texts: Sequence[dict[str, Any]], method: Method, seed: int, tokenize: Callable[..., list[Row]]
+) -> list[Row]:
+    """The rows to forget with their second answers, where the objective needs them.
+
+    Raises:
+        ValueError: the method's YAML does not say which.
+    """
+    if "second" not in needs(method):
+        return rows
+    if method.second is None:
+        raise ValueError(f"method={method.name}: its objective needs second answers; give method.second=idk, or a column")
+    second = tokenize(dataloader.second_rows(texts, method.second, seed))
+    return [row | {"second": other} for row, other in zip(rows, second, strict=True)]
+
+
+def with_reference(rows: list[Row], method: Method, how: Pass, nlls: Sequence[Tensor] | None = None) -> list[Row]:
+    """The rows with their log-probabilities under the model as it is, before unlearning, where the objective needs them.
+
+    Args:
+        nlls: of the rows' own answers, where they are known.
+    """
+    if "ref_nll" not in needs(method):
+        return rows
+    nlls = token_nlls(how, rows, what="reference") if nlls is None else nlls
+    rows = [row | {"ref_nll": nll} for row, nll in zip(rows, nlls, strict=True)]
+    if "second" in rows[0]:
+        of_second = token_nlls(how, [row["second"] for row in rows], what="reference")
+        rows = [row | {"second": row["second"] | {"ref_nll": nll}} for row, nll in zip(rows, of_second, strict=True)]
+    return rows
+
+
 def build_loss(method: Method, retain: Retain, seed: int, model: PreTrainedModel, reference: PreTrainedModel | None) -> Loss:
     """The loss that the method's and the retain term's YAML describe.
 
@@ -117,7 +158,7 @@ def build_loss(method: Method, retain: Retain, seed: int, model: PreTrainedModel
         weight=retain.weight,
         layer=layer,
         noise=noise,
-        reference=reference if retain.get("reference") else None,
+        reference=reference if "ref_logits" in needs(retain) else None,
     )
 
 

@@ -17,6 +17,7 @@ from utils import is_main_process, model_device, use_bfloat16
 
 if TYPE_CHECKING:
     from unlearn.geffect import Meter
+    from unlearn.objectives.rows import Row
 
 Steps = list[tuple[int, str]]
 Objectives = dict[tuple[str, float | None], tuple[Method, Retain]]
@@ -77,14 +78,14 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
     """The meter of the settings' objective and of their sweep's, on the original model."""
     import torch
 
-    from app.building import adapt, build_loss, reference_of, split_up, tokenizing
+    from app.building import adapt, build_loss, needs, reference_of, split_up, tokenizing, with_reference, with_second
     from app.data import data_of, unlearning_data
     from dataloader import beside_rows, idk_rows
     from unlearn.geffect import Meter, Target, Wanted
     from unlearn.geffect.parts import RISKS
     from unlearn.models import load, pad_id
     from unlearn.models.evaluating import enable_gradient_checkpointing
-    from unlearn.passes import Pass, token_nlls
+    from unlearn.passes import Pass
 
     data = unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
     training = unlearning_data(data_of(settings), settings.split, held_out_by_run(settings))
@@ -96,20 +97,30 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
     adapt(model, settings, settings.model_path)
     sweep = parse_sweep(settings)
     objectives = [(settings.method, settings.retain), *sweep.values()]
-    reference = reference_of(model) if any(retain.get("reference") for _, retain in objectives) else None
+    reference = reference_of(model) if any("ref_logits" in needs(retain) for _, retain in objectives) else None
     split_up(settings, bf16, model, reference)
     tokenize, pad = tokenizing(settings, family, tokenizer, model), pad_id(tokenizer)
     risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
     rows = {"forget": risks["unlearn"], "idk": []}
     if any(method.answers == "idk" for method, _ in objectives):
         rows["idk"] = tokenize(idk_rows(data.forget, settings.seed))
-    if any(method.get("reference") for method, _ in objectives):
-        how = Pass(model, pad, tokenizer.eos_token_id, bf16, settings.batch_size)
-        nlls = token_nlls(how, rows["forget"], what="reference")
-        rows["forget"] = [row | {"ref_nll": nll} for row, nll in zip(rows["forget"], nlls, strict=True)]
+    how = Pass(model, pad, tokenizer.eos_token_id, bf16, settings.batch_size)
+    if compared := [method for method, _ in objectives if "ref_nll" in needs(method)]:
+        rows["forget"] = with_reference(rows["forget"], compared[0], how)
+
+    def rows_of(method: Method) -> list[Row]:
+        """Those of one kind are one list: they share the sweep's passes."""
+        if "second" not in needs(method):
+            return rows[method.answers]
+        key = f"{method.answers} {method.second} {'ref_nll' in needs(method)}"
+        if key not in rows:
+            found = with_second(rows[method.answers], data.forget, method, settings.seed, tokenize)
+            rows[key] = with_reference(found, method, how)
+        return rows[key]
+
     beside = tokenize(beside_rows(training.retain, settings.geffect.retain_rows, len(data.forget), settings.seed))
     targets = [
-        Target(build_loss(method, retain, settings.seed, model, reference), rows[method.answers], beside if retain.term else ())
+        Target(build_loss(method, retain, settings.seed, model, reference), rows_of(method), beside if retain.term else ())
         for method, retain in objectives
     ]
     if settings.gradient_checkpointing:

@@ -175,7 +175,7 @@ def made_of(settings: Forget | GEffects) -> MadeOf:
     found = data.hashes(unlearning_sets(data, settings.split))
     if settings.retain_holdout is None and (first := data.benchmark.held_out.first_of) is not None:
         found |= data.hashes([first], texts=())  # its number of rows is what is held out
-    if settings.method.answers == "idk":
+    if "idk" in (settings.method.answers, settings.method.second):
         found[IDK.stem] = hash_file(IDK)
     return {"data": found, "models": hash_models(settings, "model_path")}
 

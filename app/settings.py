@@ -106,6 +106,7 @@ class Open(Settings):
 
 class Method(Open):
     answers: Literal["forget", "idk"] = setting("forget", "whose answers carry the loss")
+    second: str | None = setting(None, "the second answers, for an objective that needs them: idk, or a column of the rows")
     objective: dict[str, Any]
 
 

@@ -57,7 +57,9 @@ from tqdm import tqdm
 import dataloader
 import utils
 from app.compose import given
+from app.data import data_of, unlearning_data
 from app.families import Family
+from app.settings import Forget
 from unlearn.geffect.meter import Meter
 from unlearn.geffect.parts import RISKS
 from unlearn.geffect.sites import find_sites
@@ -70,7 +72,6 @@ from unlearn.passes.forcing import Pass, token_nlls
 from unlearn.training.logs import peak_memory
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from transformers import PreTrainedModel
 
 NOISE = 0.02  # of each tensor's standard deviation
@@ -184,7 +185,7 @@ def seconds_to_find_sites(bench: Bench) -> float:
 # ---- the model and the rows ----
 
 
-def build(cfg: DictConfig, family: Family, args: argparse.Namespace) -> Bench:
+def build(cfg: Forget, family: Family, args: argparse.Namespace) -> Bench:
     """Raises ValueError where there are not so many rows."""
     bf16 = args.dtype == "bfloat16"
     tokenizer, model = load(cfg.model_path, family.hf_key, utils.device(), family.flash_attention2 and bf16)
@@ -214,9 +215,9 @@ def build(cfg: DictConfig, family: Family, args: argparse.Namespace) -> Bench:
     )
 
 
-def first_rows(cfg: DictConfig, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+def first_rows(cfg: Forget, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """The first rows to forget and the first held-out rows to keep. Raises ValueError where there are not so many."""
-    data = dataloader.unlearning_data(cfg)
+    data = unlearning_data(data_of(cfg), cfg.split, cfg.retain_holdout)
     for name, rows, n in (("forget", data.forget, args.forget), ("retain", data.held_out, args.retain)):
         if n > len(rows):
             raise ValueError(f"--{name}={n}: there are {len(rows)} such rows")
@@ -232,12 +233,13 @@ def disturb(model: PreTrainedModel, seed: int) -> None:
         parameter.add_(NOISE * spread_of * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
-def configuration(args: argparse.Namespace) -> DictConfig:
+def configuration(args: argparse.Namespace) -> Forget:
     """forget.py's, of which the data and the model are used."""
-    cfg = given("forget", ["method=wga"])
-    cfg.model_family, cfg.split, cfg.seed = args.family, args.split, args.seed
-    cfg.model_path, cfg.data_path = args.model, args.data
-    return cfg
+    chosen = {"model_family": args.family, "split": args.split, "seed": args.seed}
+    asked: Forget = given("forget", ["method=wga"]).model_copy(
+        update=chosen | {"model_path": args.model, "data_path": args.data}
+    )
+    return asked
 
 
 # ---- what it comes to ----
@@ -307,7 +309,7 @@ def main() -> None:
     args = parsed(parser)
     cfg = configuration(args)
     with refused(parser):
-        family = prepare(cfg)
+        cfg, family = prepare(cfg)
         list(first_rows(cfg, args))
     if args.peak is not None:
         return print(peak_of(build(cfg, family, args), args.peak))

@@ -10,18 +10,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from app.checks import check_checkpoint
-from app.evaluating import prepare
+from app.data import check_unlearning_data, data_of
 from app.families import Family
+from app.filling import benchmark, with_family
 from app.places import find_path
+from app.settings import Forget
+from unlearn.objectives.rows import collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts too, which import this first
 # One process has one device, not torch's DataParallel over all.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
-import settings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,9 +32,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import dataloader
 import utils
 from unlearn.objectives.tokens import IGNORE
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 def now() -> float:
@@ -101,7 +100,7 @@ def options(
     layout = "data of TOFU's layout, such as data/sample" + ("" if data is None else " (%(default)s)")
     add("--data", required=data is None, default=data, metavar="FOLDER", help=layout)
     add("--family", default="smollm2-135m", help="an entry of config/model_config.yaml (%(default)s)")
-    add("--split", default="forget05", choices=utils.FORGET_SPLITS, help="of the rows to forget (%(default)s)")
+    add("--split", default="forget05", choices=list(benchmark("tofu").unlearn), help="of the rows to forget (%(default)s)")
     add("--dtype", default=dtypes[0], choices=dtypes, help="bfloat16 is autocast (%(default)s)")
     add("--rounds", type=positive, default=3, help="each of the cases in turn (%(default)s)")
     kinds = ["sdpa", "eager", "flash_attention_2"]
@@ -132,21 +131,21 @@ def refused(parser: argparse.ArgumentParser) -> Iterator[None]:
         parser.error(str(error))
 
 
-def prepare(cfg: DictConfig) -> Family:
+def prepare(settings: Forget) -> tuple[Forget, Family]:
     """Fill in what the family decides. Raises ValueError for what cannot work, before anything is loaded.
 
     It is forget.py's, without what concerns checkpoints: none is written.
     """
-    family = prepare(cfg, "forget")
-    settings.check_forget_data(cfg)
-    cfg.model_path = find_path(cfg.model_path)
-    check_checkpoint("model_path", cfg.model_path)
-    return family
+    settings, family = with_family(settings)
+    check_unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
+    settings = settings.model_copy(update={"model_path": find_path(settings.model_path)})
+    check_checkpoint("model_path", settings.model_path)
+    return settings, family
 
 
 def padded(rows: list[dataloader.Row], pad_to: int | None, pad: int) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and `labels`, (B, T) each on the device; T is `pad_to`, or the longest row's."""
-    batch = dataloader.collate(rows, pad)
+    batch = collate(rows, pad)
     missing = 0 if pad_to is None else pad_to - batch["input_ids"].shape[1]
     fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORE}
     return {key: F.pad(batch[key], (0, missing), value=value).to(utils.device()) for key, value in fill.items()}

@@ -12,13 +12,14 @@ import sys
 import time
 
 import pandas as pd
-from omegaconf import DictConfig
 from pages import table
 
 import compute_geffect
 from app.compose import given
 from app.door import quote
 from app.families import Family
+from app.measuring import build_meter
+from app.settings import GEffects
 from unlearn.geffect.meter import Meter
 from unlearn.geffect.tables import Tables
 from unlearn.geffect.target import Wanted
@@ -31,16 +32,15 @@ WAYS = {
 }
 
 
-def configured(words: list[str], way: str) -> tuple[DictConfig, Family]:
+def configured(words: list[str], way: str) -> tuple[GEffects, Family]:
     words = [quote(word) for word in words]
-    cfg = given("forget_ge", [*words, *WAYS[way], "save_dir=unused"])
-    return cfg, compute_geffect.prepare(cfg)
+    return compute_geffect.prepare(given("forget_ge", [*words, *WAYS[way], "save_dir=unused"]))
 
 
 def measured(words: list[str], way: str) -> tuple[Tables, Meter]:
-    cfg, family = configured(words, way)
-    meter = compute_geffect.build_meter(cfg, family)
-    load_weights(meter.model, cfg.model_path_cur)
+    settings, family = configured(words, way)
+    meter = build_meter(settings, family)
+    load_weights(meter.model, str(settings.model_path_cur))
     began = time.time()
     tables = meter.measure()
     print(f"{way}: {time.time() - began:.0f} s", file=sys.stderr)

@@ -38,7 +38,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from measuring import options, parsed, positive, prepare, refused, reset_peak
 from pages import gib, page, publish, ratio, reached, spread, surroundings, table, target_table
@@ -48,18 +48,16 @@ from tqdm import tqdm
 import dataloader
 import utils
 from app.compose import given
-from app.data import check_split
+from app.data import data_of
 from app.families import Family
 from app.places import find_path
+from app.settings import Forget
 from unlearn.models.checkpoints import load, pad_id
 from unlearn.objectives.tokens import IGNORE
 from unlearn.passes.decoding import MAX_LENGTH
 from unlearn.passes.forcing import Pass, prompt_length, teacher_force
 from unlearn.scores import definitions as scores
 from unlearn.training.logs import peak_memory
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 TARGETS = [("bisection", "one_pass", 10.0), ("padded", "ours", 4.0), ("longest", "ours", 1.5)]
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of losses, relative to them or, where they are smaller, to SMALL nats
@@ -106,27 +104,27 @@ def race(bench: Bench, names: Sequence[str], rounds: int) -> dict[str, Record]:
 # ---- the model and the rows ----
 
 
-def configuration(args: argparse.Namespace) -> DictConfig:
+def configuration(args: argparse.Namespace) -> Forget:
     """forget.py's, of which the data and the model are used."""
-    cfg = given("forget", ["method=ga"])
-    cfg.model_family, cfg.split, cfg.max_length = args.family, args.split, MAX_LENGTH
-    cfg.model_path, cfg.data_path = args.model, find_path(args.data)
-    return cfg
+    chosen = {"model_family": args.family, "split": args.split, "max_length": MAX_LENGTH, "model_path": args.model}
+    asked: Forget = given("forget", ["method=ga"]).model_copy(update=chosen | {"data_path": find_path(args.data)})
+    return asked
 
 
-def first_rows(cfg: DictConfig, n: int) -> list[dict[str, Any]]:
+def first_rows(cfg: Forget, n: int) -> list[dict[str, Any]]:
     """Half of them to forget, half to keep. Raises ValueError where there are not so many."""
     found: list[dict[str, Any]] = []
     for split, wanted in ((f"{cfg.split}_perturbed", n - n // 2), ("retain_perturbed", n // 2)):
-        check_split(cfg.data_path, split)
-        rows = dataloader.read_split(cfg.data_path, split)
+        data = data_of(cfg)
+        data.check(split)
+        rows = data.rows(split)
         if wanted > len(rows):
             raise ValueError(f"--rows={n}: {split} has {len(rows)} rows, and {wanted} are wanted")
         found += rows[:wanted]
     return found
 
 
-def build(cfg: DictConfig, family: Family, args: argparse.Namespace) -> Bench:
+def build(cfg: Forget, family: Family, args: argparse.Namespace) -> Bench:
     bf16 = args.dtype == "bfloat16"
     tokenizer, model = load(cfg.model_path, family.hf_key, utils.device(), family.flash_attention2 and bf16)
     tokenize = partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=MAX_LENGTH)
@@ -262,7 +260,7 @@ def main() -> None:
     args = parsed(parser)
     cfg = configuration(args)
     with refused(parser):
-        family = prepare(cfg)
+        cfg, family = prepare(cfg)
         first_rows(cfg, args.rows)
         if unknown := set(args.parts.split(",")) - set(CASES_OF):
             raise ValueError(f"--parts={args.parts}: {', '.join(sorted(unknown))} is none of {', '.join(CASES_OF)}")

@@ -48,47 +48,49 @@ from tqdm import tqdm
 from training_race import GROUPS, LOOPS, REST, SLOW_STEPS, Plain, Race, Record, riding_along, shared_copy
 
 import dataloader
-import forget
 import utils
+from app.building import build_loss, how_to_train, needs, step_batches
 from app.checks import count_steps
 from app.compose import given
+from app.data import data_of, unlearning_data
 from app.families import Family
+from app.settings import Forget
 from unlearn.models.checkpoints import load, pad_id
 from unlearn.passes.forcing import Pass, token_nlls
 from unlearn.training.trainer import train
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from transformers import PreTrainedModel
 
 # ---- one method ----
 
 
-def compare(cfg: DictConfig, family: Family, args: argparse.Namespace) -> dict[str, Any]:
+def compare(cfg: Forget, family: Family, args: argparse.Namespace) -> dict[str, Any]:
     """The three loops' numbers for the method of the configuration, which is forget.py's."""
-    bf16 = utils.use_bfloat16(cfg.dtype, family)
+    bf16 = utils.use_bfloat16(cfg.dtype, family.dtype)
     tokenizer, model = load(cfg.model_path, family.hf_key, utils.device(), family.flash_attention2 and bf16)
     pad = pad_id(tokenizer)
-    rows = dataloader.tokenize(dataloader.unlearning_data(cfg).forget, tokenizer, family, cfg.max_length)
+    rows = dataloader.tokenize(forget_rows(cfg), tokenizer, family, cfg.max_length)
 
     reference_seconds = 0.0
-    if cfg.method.reference:
+    compares = "ref_nll" in needs(cfg.method)
+    if compares:
         began = now()
         nlls = token_nlls(Pass(model, pad, tokenizer.eos_token_id, bf16), rows, what="reference log-probabilities")
         reference_seconds = now() - began
         rows = [row | {"ref_nll": nll} for row, nll in zip(rows, nlls, strict=True)]
     steps = 2 + args.rounds * args.steps
-    batches = dataloader.step_batches(cfg, rows, [], steps, 1, pad)
+    batches = step_batches(cfg, rows, [], steps, tokenizer)
     drawn = drawn_rows(batches, cfg.seed)
     plain = plain_loop(cfg, model, pad, bf16, args.plain_attention)
 
     total = steps + 2 + args.rounds * (args.steps + SLOW_STEPS)
     with tqdm(total=total, desc=f"{cfg.method.name}", unit="step") as progress:
         race = Race(plain, drawn, cfg.max_length, args, progress)
-        how = utils.training_settings(cfg, family, steps, steps)
+        how = how_to_train(cfg, family, steps, steps)
         how = replace(how, lr=0.0, warmup_steps=0, save_steps=steps + 1)
         with riding_along(race):
-            train(model, forget.build_loss(cfg, model, None), batches, how, Path(cfg.save_dir))
+            train(model, build_loss(cfg.method, cfg.retain, cfg.seed, model, None), batches, how, Path(str(cfg.save_dir)))
 
     run_steps, _ = count_steps(cfg, len(rows))
     numbers = summary(race, step_tokens(batches, drawn, cfg.max_length, cfg.batch_size), reference_seconds / run_steps)
@@ -97,17 +99,17 @@ def compare(cfg: DictConfig, family: Family, args: argparse.Namespace) -> dict[s
     return {
         "dtype": "bfloat16" if bf16 else "float32",
         "attention": used,
-        "reference_pass": once if cfg.method.reference else None,
+        "reference_pass": once if compares else None,
         **numbers,
     }
 
 
-def plain_loop(cfg: DictConfig, model: PreTrainedModel, pad: int, bf16: bool, attention: str) -> Plain:
+def plain_loop(cfg: Forget, model: PreTrainedModel, pad: int, bf16: bool, attention: str) -> Plain:
     """The plain loops' model (the same parameters), reference and optimiser."""
     shared = shared_copy(model, attention)
     return Plain(
         model=shared,
-        reference=copy.deepcopy(shared).requires_grad_(False).eval() if cfg.method.reference else None,
+        reference=copy.deepcopy(shared).requires_grad_(False).eval() if "ref_nll" in needs(cfg.method) else None,
         optimizer=torch.optim.AdamW(shared.parameters(), lr=0.0, weight_decay=cfg.weight_decay, fused=True),
         batch_size=cfg.batch_size,
         pad=pad,
@@ -241,14 +243,17 @@ def method_notes(method: str, numbers: dict[str, Any]) -> list[str]:
 # ---- the command ----
 
 
-def configuration(args: argparse.Namespace, method: str, folder: str) -> DictConfig:
+def configuration(args: argparse.Namespace, method: str, folder: str) -> Forget:
     """forget.py's configuration for the method."""
-    cfg = given("forget", [f"method={method}"])
-    cfg.model_family, cfg.split, cfg.dtype, cfg.seed = args.family, args.split, args.dtype, args.seed
-    cfg.model_path, cfg.data_path, cfg.save_dir = args.model, args.data, f"{folder}/{method}"
-    cfg.batch_size, cfg.gradient_accumulation_steps = args.batch_size, args.gradient_accumulation_steps
-    cfg.gradient_checkpointing = False
-    return cfg
+    chosen = {"model_family": args.family, "split": args.split, "dtype": args.dtype, "seed": args.seed}
+    chosen |= {"model_path": args.model, "data_path": args.data, "save_dir": f"{folder}/{method}"}
+    chosen |= {"batch_size": args.batch_size, "gradient_accumulation_steps": args.gradient_accumulation_steps}
+    asked: Forget = given("forget", [f"method={method}"]).model_copy(update=chosen | {"gradient_checkpointing": False})
+    return asked
+
+
+def forget_rows(cfg: Forget) -> list[dict[str, Any]]:
+    return unlearning_data(data_of(cfg), cfg.split, cfg.retain_holdout).forget
 
 
 def main() -> None:
@@ -262,8 +267,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         configs = {method: configuration(args, method, folder) for method in args.methods}
         with refused(parser):
-            families = {method: prepare(cfg) for method, cfg in configs.items()}
-        methods = {method: compare(cfg, families[method], args) for method, cfg in configs.items()}
+            prepared = {method: prepare(cfg) for method, cfg in configs.items()}
+        methods = {method: compare(cfg, family, args) for method, (cfg, family) in prepared.items()}
         pad_to = next(iter(configs.values())).max_length
     results = {"surroundings": surroundings(args.seed), "pad_to": pad_to, "methods": methods}
     publish(report(results), results, args.out)

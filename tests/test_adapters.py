@@ -220,7 +220,7 @@ def test_what_a_user_can_get_wrong(place: Path, line: str, words: list[str]) -> 
 
 
 def test_the_reference_is_never_copied(young: Path) -> None:
-    from forget import reference_of
+    from app.building import reference_of
 
     model = AutoModelForCausalLM.from_pretrained(young)
     assert reference_of(model) is not model

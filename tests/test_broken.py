@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import settings
 import torch
 from conftest import ROOT, run_in
 from safetensors.torch import load_file, save_file
 
+from app import checks, data
 from app.door import cli
+from app.settings import COMMANDS as SETTINGS
 
 CONFIGS = {"finetune": "finetune", "forget": "forget", "compute_geffect": "forget_ge"}
 CONFIGS |= {"tofu_evaluation": "eval_tofu", "evaluation_everything": "eval_everything"}
@@ -152,7 +153,8 @@ def place(young: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 shutil.copy(file, folder)
     shutil.copytree(ROOT / "data/sample", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(settings, "on_hub", lambda name, repo_type: False)
+    for module in (data, checks):
+        monkeypatch.setattr(module, "on_hub", lambda name, repo_type: False)
     for name, value in {"HYDRA_FULL_ERROR": "1", "CUDA_VISIBLE_DEVICES": "0", "HF_HUB_OFFLINE": "1"}.items():
         monkeypatch.setenv(name, value)
     return tmp_path
@@ -171,7 +173,7 @@ def assert_refused(
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *line.split()])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        cli(importlib.import_module(script).run, CONFIGS[script])
+        cli(importlib.import_module(script).run, SETTINGS[CONFIGS[script]])
     err = capsys.readouterr().err
     said = [told for told in err.replace("\r", "\n").splitlines() if told.startswith(f"{script}.py: ")]
     assert len(said) == 1, err

@@ -20,7 +20,6 @@ import torch
 import yaml
 from conftest import ROOT, make_workplace, run_in
 from datasets import Dataset
-from omegaconf import DictConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -29,6 +28,7 @@ import forget
 import unlearn.reporting.figures
 from app.compose import given
 from app.door import cli
+from app.settings import GEffects
 from unlearn.geffect.call import GEffectCallback, geffect, meter_of
 from unlearn.geffect.target import Wanted
 from unlearn.objectives.functions import ga, mean_nll
@@ -40,7 +40,7 @@ LAST = f"model_path_cur={RUN}/checkpoint-6"
 RISKS = ["unlearn", "retain"]
 
 
-def call(job: Callable[[DictConfig], Any], config: str, place: Path, words: str, figures: bool = False) -> None:
+def call(job: Callable[[Any], Any], config: str, place: Path, words: str, figures: bool = False) -> None:
     """What a script does with these settings in that folder, in this process.
 
     Args:
@@ -312,7 +312,7 @@ def test_what_a_user_gets_wrong(
     for line, words in cases.items():
         monkeypatch.setattr(sys, "argv", ["compute_geffect.py", *line.split()])
         with pytest.raises(SystemExit) as stopped:
-            cli(compute_geffect.run, "forget_ge")
+            cli(compute_geffect.run, GEffects)
         out, err = capsys.readouterr()
         assert (stopped.value.code, out) == (2, ""), line
         assert err.count("\n") == 1, err

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,22 +21,22 @@ import tofu_evaluation
 from app import families
 from app.checks import count_steps
 from app.compose import given
+from app.data import UnlearningData, data_of, unlearning_data
 from app.families import Family, load_family
+from app.filling import with_family
 from dataloader import (
     IDK,
     PLACE,
     Row,
     StepBatches,
-    collate,
     counts,
     idk_rows,
     read_jsonl,
-    step_batches,
     stream,
     tokenize,
-    unlearning_data,
 )
 from unlearn.models.checkpoints import new_model
+from unlearn.objectives.rows import collate
 from unlearn.objectives.tokens import IGNORE, label_positions
 
 ROOT = Path(__file__).parents[1]
@@ -401,8 +400,7 @@ def test_stream(seed: int) -> None:
 
 
 def cut(batch_size: int, accumulation: int, processes: int, steps: int = 6, seed: int = 0) -> StepBatches:
-    cfg: Any = SimpleNamespace(batch_size=batch_size, gradient_accumulation_steps=accumulation, seed=seed)
-    return step_batches(cfg, FORGET, RETAIN, steps, processes, pad=0)
+    return StepBatches(FORGET, RETAIN, steps, batch_size, accumulation * processes, seed, 0)
 
 
 def by_step(batches: StepBatches) -> list[list[dict[str, Any]]]:
@@ -436,8 +434,7 @@ def test_a_steps_rows_do_not_depend_on_how_it_is_cut(name: str) -> None:
 
 def test_a_batch_names_its_rows_as_the_split_has_them() -> None:
     """From 1 on, the held-out ones counted: what a loss that is not finite is told with."""
-    cfg: Any = SimpleNamespace(batch_size=4, gradient_accumulation_steps=2, seed=0)
-    batches = step_batches(cfg, FORGET, RETAIN, 6, 1, pad=0, held_out=40)
+    batches = StepBatches(FORGET, RETAIN, 6, 4, 2, 0, 0, first=(1, 41))
     for step, items in enumerate(by_step(batches)):
         for part, first, order in (("forget", 1, batches.forget_order), ("retain", 41, batches.retain_order)):
             assert [row for item in items for row in item["rows"][part]] == [first + row for row in order[step]]
@@ -561,13 +558,19 @@ def test_read_jsonl_names_the_place(tmp_path: Path, text: str, message: str) -> 
 
 
 def forget_config(*overrides: str) -> Any:
-    return given("forget", ["model_family=tiny", f"data_path={ROOT / 'data/sample'}", *overrides])
+    return given("forget", ["model_family=tiny", *overrides])
+
+
+def data_for(*overrides: str) -> UnlearningData:
+    """What forget.py reads by these settings."""
+    settings, _ = with_family(given("forget", ["model_family=tiny", f"data_path={ROOT / 'data/sample'}", *overrides]))
+    return unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
 
 
 @pytest.mark.parametrize("split", ["forget01", "forget05", "forget10"])
-@pytest.mark.parametrize("holdout", [None, 0, 7])
+@pytest.mark.parametrize("holdout", [None, 1, 7])
 def test_the_first_retain_rows_are_held_out(split: str, holdout: int | None) -> None:
-    data = unlearning_data(forget_config(f"split={split}", *([] if holdout is None else [f"retain_holdout={holdout}"])))
+    data = data_for(f"split={split}", *([] if holdout is None else [f"retain_holdout={holdout}"]))
     retain = read_jsonl(ROOT / "data/sample" / f"retain{100 - int(split[-2:])}.json")
     assert data.forget[2][PLACE] == f"split {split}, row 3"
     assert bare(data.forget) == read_jsonl(ROOT / "data/sample" / f"{split}.json")
@@ -582,26 +585,25 @@ def bare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_the_held_out_rows_are_those_with_paraphrases() -> None:
     perturbed = read_jsonl(ROOT / "data/sample/retain_perturbed.json")
-    held_out = unlearning_data(forget_config("split=forget10")).held_out
+    held_out = data_for("split=forget10").held_out
     assert [row["question"] for row in held_out] == [row["question"] for row in perturbed]
 
 
-@pytest.mark.parametrize(("holdout", "want"), [(None, 2), (0, 0), (3, 3)])
+@pytest.mark.parametrize(("holdout", "want"), [(None, 2), (1, 1), (3, 3)])
 def test_local_files_hold_out_a_fifth(tmp_path: Path, holdout: int | None, want: int) -> None:
     forget = [{"question": f"f{i}", "answer": "a"} for i in range(3)]
     retain = [{"question": f"r{i}", "answer": "a"} for i in range(11)]
     for name, rows in (("forget", forget), ("retain", retain)):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cfg = forget_config(f"forget_data={tmp_path / 'forget'}", f"retain_data={tmp_path / 'retain'}")
-    cfg.retain_holdout = holdout
-    data = unlearning_data(cfg)
+    more = [] if holdout is None else [f"retain_holdout={holdout}"]
+    data = data_for(f"forget_data={tmp_path / 'forget'}", f"retain_data={tmp_path / 'retain'}", *more)
     assert [bare(rows) for rows in (data.forget, data.held_out, data.retain)] == [forget, retain[:want], retain[want:]]
     assert data.forget[1][PLACE] == f"{tmp_path / 'forget'}, row 2"
 
 
 def test_nothing_left_to_retain() -> None:
     with pytest.raises(ValueError, match="retain_holdout=360: the retain split has 360 rows"):
-        unlearning_data(forget_config("split=forget10", "retain_holdout=360"))
+        data_for("split=forget10", "retain_holdout=360")
 
 
 # ---- how many steps ----
@@ -612,7 +614,7 @@ def test_steps_of_tofus_splits(rows: int, steps: int, an_epoch: int, monkeypatch
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     cfg = forget_config()
     assert count_steps(cfg, rows) == (steps, an_epoch)
-    cfg.batch_size = 2
+    cfg = forget_config("batch_size=2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert count_steps(cfg, rows) == (steps, an_epoch)
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import settings
 import torch
 import yaml
 from conftest import ROOT, make_workplace, run_in
@@ -24,7 +23,8 @@ import evaluation_everything
 import finetune
 import forget
 import tofu_evaluation
-from app import evaluating
+from app import checks, evaluating
+from app import data as sets
 from app.compose import given
 from app.families import load_family
 from unlearn.models import checkpoints
@@ -77,9 +77,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(data, full, retain, run)
 
 
-def evaluate(script: ModuleType, folder: Path | None, **given: Any) -> None:
+def evaluate(script: ModuleType, folder: Path | None, **asked: Any) -> None:
     """Run the script with its results in `folder` (None: where they go by themselves), in float32."""
-    words = [f"{key.replace('__', '.')}={value}" for key, value in given.items()]
+    words = [f"{key.replace('__', '.')}={value}" for key, value in asked.items()]
     words = [SHORT, *words] if script is tofu_evaluation else words
     words += [f"save_dir={folder}"] if folder is not None else []
     script.run(given(CONFIGS[script], ["dtype=float32", *words]))
@@ -90,9 +90,7 @@ def read(file: Path) -> Any:
 
 
 def prepared(script: ModuleType, *words: str) -> Any:
-    cfg = given(CONFIGS[script], list(words))
-    script.prepare(cfg)
-    return cfg
+    return script.prepare(given(CONFIGS[script], list(words)))[0]
 
 
 @pytest.fixture
@@ -255,8 +253,8 @@ def test_logs_alone(by_path: Path, of_retain: Path, tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.csv", "out.json"]
 
 
-def aggregated(**given: Any) -> None:
-    tofu_evaluation.run(given("aggregate_eval_stat", [f"{key}={value}" for key, value in given.items()]))
+def aggregated(**asked: Any) -> None:
+    tofu_evaluation.run(given("aggregate_eval_stat", [f"{key}={value}" for key, value in asked.items()]))
 
 
 def without_task(log: Any) -> None:
@@ -580,8 +578,9 @@ def test_a_bare_checkpoint(place: Place, by_path: Path, tmp_path: Path, monkeypa
 def test_a_model_of_the_hub_leaves_no_folder_of_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """That would be taken for the model itself."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(settings, "on_hub", lambda name, kind: True)
-    monkeypatch.setattr(settings, "check_architecture", lambda *_: None)
+    for module in (sets, checks):
+        monkeypatch.setattr(module, "on_hub", lambda name, kind: True)
+    monkeypatch.setattr(evaluating, "check_architecture", lambda *_: None)
     cfg = prepared(tofu_evaluation, "model_path=some/model", "model_family=tiny", "split=forget10")
     [target] = evaluating.targets(cfg)
     assert (target.path, target.folder) == ("some/model", Path("icml/some--model/eval_results/ds_size300"))

@@ -448,7 +448,7 @@ def test_a_meters_rows_have_labels_behind_their_first_token(where: str, what: st
         "retain": Target(Loss(ga, mean_nll), good, bad),
         "sweep": Target(Loss(ga), good),
     }
-    sweep = {("ga", None): Target(Loss(ga), bad)} if where == "sweep" else {}
+    sweep: Any = {("ga", None): Target(Loss(ga), bad)} if where == "sweep" else {}
     line = "rows have no label tokens" if what == "none" else "its first token has a label, and nothing before it to tell it"
     with pytest.raises(ValueError, match=line):
         Meter(build("llama"), targets[where], {"unlearn": good, "retain": good}, 0, sweep=sweep)

@@ -181,7 +181,7 @@ def test_deterministic_training_and_measuring(young: Path, tmp_path: Path, monke
         forget.run(cfg)
         assert on == [True] * len(on) != []
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert suffix(cfg, "forget") == ""
+        assert suffix(forget.prepare(cfg)[0]) == ""
         assert (tmp_path / "run/scores.csv").exists()
         assert (tmp_path / "run/geffect/steps.csv").exists()
     finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app.door import cli
+from app.settings import Forget
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -91,7 +92,7 @@ def fail(cfg: Any) -> None:
 
 sys.argv[1:] = ["model_family=tiny"]
 try:
-    cli(fail, "forget")
+    cli(fail, Forget)
 except SystemExit as stopped:
     found |= {"code": stopped.code, "ended": not dist.is_initialized()}
 if state.is_main_process:

@@ -91,6 +91,8 @@ class Meter:
                 "norms=false: with a model in shards the gradient is formed anyway; norms=true, or instances=false"
             )
         targets = (self.target, *self.sweep.values())
+        if any("second" in row for row in self.target.forget) and (self.wanted.tokens or self.wanted.positions):
+            raise ValueError("tokens and positions: not of an objective with second answers, which have tokens of their own")
         if any((t.loss.retain is not None) != bool(t.retain) for t in targets):
             raise ValueError("a retain term needs rows beside those to forget, and rows beside them a retain term")
         given = [("a target", t.forget) for t in targets] + [("a target's retain term", t.retain) for t in targets if t.retain]

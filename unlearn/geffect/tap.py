@@ -132,7 +132,8 @@ class Tap:
             )
         products = _row_dots(a.flatten(0, 1), b.flatten(0, 1)).view(a.shape[:2])
         self.effects[:, number, d].index_add_(0, rows, products.sum(1))
-        self.positions[rows, : self._width, layer, d] += products[:, : self._width]  # a convolution's may have more at the end
+        # a convolution's may have more at the end
+        self.positions[:, : self._width, layer, d].index_add_(0, rows, products[:, : self._width])
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:

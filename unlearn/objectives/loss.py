@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unlearn.models.adapters import adapters_off
 from unlearn.models.evaluating import in_eval_mode
-from unlearn.objectives.functions import Objective
+from unlearn.objectives.functions import Objective, needs_of
 from unlearn.objectives.tokens import Counts, Tokens, token_outputs
 
 
@@ -36,21 +36,29 @@ class Loss:
     noise: Tensor | None = None
     reference: nn.Module | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where the objective looks at a layer, and none is given."""
+        if "hidden" in needs_of(self.objective) and self.layer is None:
+            raise ValueError("the objective looks at a layer's output: give layer=N")
+
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The batch's share of the step's loss, in parts that add up to it.
 
-        `batch` holds the forget rows first, then the retain rows: `input_ids`, `attention_mask`, `labels` (B, T);
-        `n_forget`; the step's `forget_counts` and `retain_counts`; and `ref_nll` (M,) of the forget rows where needed.
+        `batch` holds the forget rows first, then the retain rows, then the `n_second` second answers to the forget rows'
+        questions, if there are any: `input_ids`, `attention_mask`, `labels` (B, T); `n_forget`; the step's `forget_counts`
+        and `retain_counts`; and `ref_nll` (M,) of the forget rows, `second_ref_nll` of the second answers, where needed.
         """
         return self.of_tokens(token_outputs(model, batch, self.layer), batch)
 
     def of_tokens(self, tokens: Tokens, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The same from the batch's label tokens. A part without rows is left out."""
         n = batch["n_forget"]
-        forget, retain = tokens.split(n)
+        forget, others = tokens.split(n)
+        retain, second = others.split(others.n_rows - batch.get("n_second", 0))
         parts = {}
         if n:
-            forget = replace(forget, ref_nll=batch.get("ref_nll"), noise=self.noise)
+            second = replace(second, ref_nll=batch.get("second_ref_nll"))
+            forget = replace(forget, ref_nll=batch.get("ref_nll"), noise=self.noise, second=second if second.n_rows else None)
             parts["objective"] = self.objective(forget, Counts(*batch["forget_counts"]))
         if self.retain is not None and retain.n_rows:
             logits = batch["ref_logits"] if "ref_logits" in batch else self.reference_logits(batch)
@@ -64,6 +72,7 @@ class Loss:
         if self.reference is None:
             return None
         n = batch["n_forget"]
-        rows = {key: batch[key][n:] for key in ("input_ids", "attention_mask", "labels")}
+        end = len(batch["labels"]) - batch.get("n_second", 0)
+        rows = {key: batch[key][n:end] for key in ("input_ids", "attention_mask", "labels")}
         with in_eval_mode(self.reference), adapters_off(self.reference):
             return token_outputs(self.reference, rows).logits

@@ -6,6 +6,7 @@ Letters: B rows, T tokens of the longest of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from unlearn.objectives.tokens import IGNORE
 
-Row = dict[str, Tensor]  # input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference
+# input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference; `second`, such a row, where needed
+Row = dict[str, Any]
 
 
 def tokenize_pairs(
@@ -88,6 +90,16 @@ def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
     }
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # by length: the end-of-sequence id may be the padding's
     return padded | {"attention_mask": mask.long()}
+
+
+def forget_batch(rows: Sequence[Row], beside: Sequence[Row], pad: int) -> dict[str, Any]:
+    """A batch of rows to forget, of `beside`, and last the second answers of the first, where they have some; see `Loss`."""
+    second = [row["second"] for row in rows if "second" in row]
+    batch: dict[str, Any] = collate([*rows, *beside, *second], pad)
+    for of, key in ((rows, "ref_nll"), (second, "second_ref_nll")):
+        if of and "ref_nll" in of[0]:
+            batch[key] = torch.cat([row["ref_nll"] for row in of])
+    return batch | {"n_forget": len(rows), "n_second": len(second)}
 
 
 def counts(rows: Sequence[Row]) -> tuple[int, int]:

@@ -39,6 +39,7 @@ class Tokens:
         ref_nll: (M,) nats, l_t under the reference model, or None.
         ref_logits: (M, V) of the reference model, or None.
         noise: (d,) the run's fixed random vector, uniform on [0, 1), or None.
+        second: the tokens of the same rows' second answers, or None.
     """
 
     nll: Tensor
@@ -49,6 +50,7 @@ class Tokens:
     ref_nll: Tensor | None = None
     ref_logits: Tensor | None = None
     noise: Tensor | None = None
+    second: Tokens | None = None
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """(M,) -> (n_rows,): the sum of `values` over each row's tokens."""

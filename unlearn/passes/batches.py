@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from unlearn.objectives.rows import Row, collate, counts
+from unlearn.objectives.rows import Row, counts, forget_batch
 
 Batch = dict[str, Any]
 
@@ -40,11 +40,11 @@ def set_batches(
         if equally_many and len(mine) * state.num_processes < len(chunks):
             mine.append((chunks[0], NO_WEIGHT))
         for chunk, numbers in mine:
-            batch: Batch = collate([rows[i] for i in chunk], pad)
-            if "ref_nll" in rows[chunk[0]]:
-                batch["ref_nll"] = torch.cat([rows[i]["ref_nll"] for i in chunk])
-            batch["index"] = torch.tensor([first + i for i in chunk])
-            batches.append(batch | numbers | {"n_forget": len(chunk) if to_forget else 0})
+            of = [rows[i] for i in chunk]
+            batch: Batch = forget_batch(of, [], pad) if to_forget else forget_batch([], of, pad)
+            of_rows = [first + i for i in chunk]
+            batch["index"] = torch.tensor(of_rows + of_rows[: batch["n_second"]])
+            batches.append(batch | numbers)
     return batches
 
 
