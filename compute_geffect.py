@@ -18,7 +18,7 @@ from app.checks import check_checkpoint, check_folder, check_layer
 from app.data import check_unlearning_data, data_of
 from app.families import Family
 from app.filling import of_run, with_family
-from app.measuring import Steps, build_meter, check_weights, find_steps, learning_rates, order_of, parse_sweep
+from app.measuring import Steps, build_meter, check_wanted, check_weights, find_steps, learning_rates, order_of, parse_sweep
 from app.places import find_path
 from app.runs import alone, check_run, check_trained_on, made_of, open_run, original_of, run_of
 from app.settings import GEffects
@@ -59,19 +59,6 @@ def prepare(settings: GEffects) -> tuple[GEffects, Family]:
             raise ValueError(f"{folder} was measured while unlearning (geffect.every); give save_dir=FOLDER")
         check_run(folder, settings, made_of(settings))
     return settings, family
-
-
-def check_wanted(settings: GEffects) -> None:
-    """Raises ValueError where what is asked for can't go together."""
-    if settings.dtype == "float64" and settings.weights != "float32":
-        raise ValueError(f"weights={settings.weights}: dtype=float64 has its weights in float64")
-    if settings.positions and not settings.instances:
-        raise ValueError("positions=true: by position only with instances=true")
-    if settings.parallel == "fsdp" and (settings.tokens or settings.sweep):
-        key = f"tokens={settings.tokens}" if settings.tokens else f"sweep={list(settings.sweep or [])}"
-        raise ValueError(f"{key}: needs whole weights on every process; parallel=ddp has them, parallel=fsdp has not")
-    if settings.parallel == "fsdp" and settings.instances and not settings.norms:
-        raise ValueError("norms=False: parallel=fsdp forms the gradient anyway; norms=true, or instances=false")
 
 
 def run(settings: GEffects) -> Path | None:

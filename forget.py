@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 def prepare(settings: Forget) -> tuple[Forget, Family]:
     """The settings with what the family decides; refuses what cannot work before anything is loaded."""
     settings, family = with_family(settings)
-    lr = learning_rate(settings.lr, family.unlearn_lr, bool(settings.LoRA.r))
-    settings = settings.model_copy(update={"lr": lr})
+    settings = settings.model_copy(update={"lr": learning_rate(settings.lr, family.unlearn_lr, bool(settings.LoRA.r))})
     rows = check_unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
     steps = None if rows is None else count_steps(settings, rows)[0]
     check_logger(settings.logger)
@@ -109,10 +108,9 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     open_run(folder, settings, made_of(settings))
     how = Pass(model, pad, tokenizer.eos_token_id, bf16)
     before = {name: token_nlls(how, rows, f"{name} loss before") for name, rows in measured.items()}
-    # the model before unlearning is the reference, and this pass its log-probabilities
     answers = settings.method.answers
     target = with_second(measured[answers], data.forget, settings.method, settings.seed, tokenize)
-    target = with_reference(target, settings.method, how, before[answers])
+    target = with_reference(target, settings.method, how, before[answers])  # the model before unlearning is the reference
     loss = build_loss(settings.method, settings.retain, settings.seed, model, reference)
     building.save_noise(settings, loss)
 

@@ -117,8 +117,8 @@ def check_architecture(key: str, path: str, family: Family) -> None:
             found, wanted = (config.get(name, text_config(config).get(name)) for config in (there, of_family))
             if found != wanted:
                 raise ValueError(
-                    f"{key}={path}: has {name} {found}, and model_family={family.name} (hf_key={family.hf_key}) {wanted};"
-                    f" give hf_key=FOLDER of a model like it, or one of the families {', '.join(load_families())}"
+                    f"{key}={path}: has {name} {found}, and model_family={family.name} {wanted};"
+                    f" the families are {', '.join(load_families())} (or give hf_key=FOLDER of a model like it)"
                 )
 
 

@@ -207,7 +207,7 @@ class Progress:
         before = read_record(self.record_file) if self.record_file.exists() else {}
         self.fresh = not _same_models(before, self.record)
         self.finished = not self.fresh and before.get("finished") is True
-        self.same = not self.fresh and _what_counts(before["settings"]) == _what_counts(self.record["settings"])
+        self.same = not self.fresh and _same_results(before["settings"], self.record["settings"])
         self.found = {} if self.fresh else {file.stem: read_json(file) for file in self.resume.glob("*.json")}
         _together()  # all have read before one writes
         if is_main_process():
@@ -254,10 +254,10 @@ def _same_models(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return before.get("tokenizer", now["tokenizer"]) == now["tokenizer"] and all(map(is_of, noted, noted.values()))
 
 
-def _what_counts(made_of: dict[str, Any]) -> dict[str, Any]:
-    """Of a record's settings those that results depend on, and that earlier versions noted, too."""
-    of_no_result = marked(Evaluation, "may_differ") - {"retain_path"} | {"processes", "benchmark"}
-    return {key: value for key, value in made_of.items() if key not in of_no_result}
+def _same_results(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether results depend on nothing that differs; what an earlier version did not note is taken to be the same."""
+    of_no_result = marked(Evaluation, "may_differ") - {"retain_path"} | {"processes"}
+    return all(before.get(key, value) == value for key, value in now.items() if key not in of_no_result)
 
 
 def _together() -> None:

@@ -61,6 +61,19 @@ def parse_sweep(settings: GEffects) -> Objectives:
     return found
 
 
+def check_wanted(settings: GEffects) -> None:
+    """Raises ValueError where what is asked for can't go together."""
+    if settings.dtype == "float64" and settings.weights != "float32":
+        raise ValueError(f"weights={settings.weights}: dtype=float64 has its weights in float64")
+    if settings.positions and not settings.instances:
+        raise ValueError("positions=true: by position only with instances=true")
+    if settings.parallel == "fsdp" and (settings.tokens or settings.sweep):
+        key = f"tokens={settings.tokens}" if settings.tokens else f"sweep={list(settings.sweep or [])}"
+        raise ValueError(f"{key}: needs whole weights on every process; parallel=ddp has them, parallel=fsdp has not")
+    if settings.parallel == "fsdp" and settings.instances and not settings.norms:
+        raise ValueError("norms=False: parallel=fsdp forms the gradient anyway; norms=true, or instances=false")
+
+
 def check_weights(folder: Path, steps: Steps, following: Steps) -> None:
     """Note which weights each step is of. Raises ValueError where the tables of one of `steps` are of others."""
     file = folder / "weights.json"

@@ -341,7 +341,7 @@ class Aggregate(Settings):
     retain_result: str | None = setting(None, "the retain model's, for Forget Quality")
     save_file: str = setting(None, "the CSV to write; needed")
     method_name: str | None = setting(None, "null: the log's name")
-    submitted_by: str | None = setting(None, "")
+    submitted_by: str | None = setting(None, "in the CSV")
     truth_ratio: Literal["geometric", "arithmetic"] = setting("geometric", "as TOFU's leaderboard; arithmetic: as its paper")
     epsilon: NotNegative = setting(0, "added to denominators; 1e-10: as open-unlearning")
     debug: bool = setting(False, "true: tracebacks")

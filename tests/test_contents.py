@@ -17,13 +17,11 @@ import yaml
 from conftest import ROOT, run_in
 from safetensors.torch import load_file, save_file
 
-import forget
 import unlearn.reporting.figures
-import utils
-from app import evaluating
+from app import data, evaluating, runs
 from app.compose import given
 from app.data import hash_rows
-from app.runs import check_run, open_run
+from app.runs import check_run, made_of, open_run
 from unlearn.io.weights import fingerprint, sampled
 from unlearn.models.checkpoints import load_model, load_weights
 
@@ -258,14 +256,14 @@ def test_a_fingerprint_is_of_an_adapters_model_too(young: Path, tmp_path: Path) 
 
 
 def test_the_sentences_of_idk_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = given("forget", ["model_family=tiny", "method=idk", "hf_key=some/model", "model_path=some/model"])
-    cfg.data_path = str(ROOT / "data/sample")
-    before = forget.made_of(cfg)["data"]
+    words = ["model_family=tiny", "method=idk", "hf_key=some/model", "model_path=some/model"]
+    cfg = given("forget", [*words, f"data_path={ROOT / 'data/sample'}"])
+    before = made_of(cfg)["data"]
     assert set(before) == {"forget10", "retain90", "retain_perturbed", "idontknow"}
     (tmp_path / "idontknow.jsonl").write_text('{"idk": "No idea."}\n')
-    for module in (utils, forget):
+    for module in (data, runs):
         monkeypatch.setattr(module, "IDK", tmp_path / "idontknow.jsonl")
-    after = forget.made_of(cfg)["data"]
+    after = made_of(cfg)["data"]
     assert {name for name in before if after[name] != before[name]} == {"idontknow"}
     open_run(tmp_path / "run", cfg, {"data": before})
     with pytest.raises(ValueError, match=r"run of other data: idontknow \(.*idontknow\.jsonl\): is not what it was"):

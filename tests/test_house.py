@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-MODULES = {"dataloader", "utils", "settings", "planning", "evaluation"}
+MODULES = {"dataloader", "utils"}
 SCRIPTS = {"finetune", "forget", "compute_geffect", "evaluation_everything", "tofu_evaluation", "basher1", "basher2"}
 PACKAGE = sorted((ROOT / "unlearn").rglob("*.py"))
 ROOMS = {  # of the package: which others each may import
@@ -22,7 +22,8 @@ ROOMS = {  # of the package: which others each may import
     **dict.fromkeys(("training", "geffect", "scores"), {"io", "models", "objectives", "passes"}),
     "reporting": {"io"},
 }
-MOST_LINES = 400
+MOST_LINES, OF_A_SCRIPT = 400, 150
+APP = sorted((ROOT / "app").rglob("*.py"))
 
 
 def name_of(file: Path) -> str:
@@ -72,8 +73,8 @@ def test_the_top_level_has_the_documented_scripts_only() -> None:
 
 @pytest.mark.parametrize("file", PACKAGE, ids=name_of)
 def test_the_package_imports_no_top_level_module(file: Path) -> None:
-    assert imported(file) & (MODULES | SCRIPTS) == set()
-    assert imported(file) & {"hydra", "omegaconf", "yaml"} == set()  # no configuration either
+    assert imported(file) & (MODULES | SCRIPTS | {"app"}) == set()
+    assert imported(file) & {"hydra", "omegaconf", "yaml", "pydantic"} == set()  # no configuration either
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -89,22 +90,44 @@ def test_every_room_has_its_place() -> None:
     assert rooms_imported(ROOT / "unlearn/scores/callback.py") == {"io", "objectives", "passes", "scores"}
 
 
-@pytest.mark.parametrize(
-    ("module", "allowed"),
-    [
-        ("dataloader", {"utils"}),
-        ("settings", {"utils"}),
-        ("utils", set()),
-        ("planning", {"settings", "utils"}),
-        ("evaluation", {"dataloader", "settings", "utils"}),
-    ],
-)
-def test_modules_import_no_script(module: str, allowed: set[str]) -> None:
-    assert imported(ROOT / f"{module}.py") & (MODULES | SCRIPTS) <= allowed
+@pytest.mark.parametrize("file", [*APP, *(ROOT / f"{name}.py" for name in sorted(MODULES))], ids=name_of)
+def test_what_is_no_script_imports_none(file: Path) -> None:
+    assert imported(file) & SCRIPTS == set()
+
+
+def test_utils_stand_on_the_library_alone() -> None:
+    assert imported(ROOT / "utils.py") & ({"app"} | MODULES | SCRIPTS) == set()
+    assert rooms_imported(ROOT / "utils.py") == {"io"}
+
+
+def test_configurations_end_at_the_door() -> None:
+    """No function elsewhere takes a DictConfig, and nobody imports what is Hydra's own."""
+    files = [*PACKAGE, *APP, *ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
+    taking = {name_of(file): functions for file in files if (functions := with_parameter(file, "DictConfig"))}
+    assert taking == {"app/compose.py": ["nested"], "app/door.py": ["job"]}
+    assert [name_of(file) for file in files if "hydra._internal" in file.read_text()] == []
+
+
+def with_parameter(file: Path, kind: str) -> list[str]:
+    """The functions of a file that have a parameter of that type."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            types = [ast.unparse(arg.annotation) for arg in ast.walk(node.args) if isinstance(arg, ast.arg) and arg.annotation]
+            found += [node.name] if any(kind in one for one in types) else []
+    return found
+
+
+def test_files_are_short() -> None:
+    files = [*PACKAGE, *APP, *ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
+    lines = {name_of(file): len(file.read_text().splitlines()) for file in files}
+    assert {name: n for name, n in lines.items() if n > MOST_LINES} == {}
+    assert {name: lines[f"{name}.py"] for name in SCRIPTS if lines[f"{name}.py"] > OF_A_SCRIPT} == {}
 
 
 def test_the_walk_sees_what_is_imported() -> None:
-    assert imported(ROOT / "forget.py") >= {"utils", "dataloader", "unlearn", "torch", "hydra"}
+    assert imported(ROOT / "forget.py") >= {"utils", "dataloader", "unlearn", "app"}
+    assert imported(ROOT / "app/building.py") >= {"dataloader", "torch", "hydra"}
     assert len(PACKAGE) >= 5
 
 

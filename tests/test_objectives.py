@@ -33,7 +33,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from app.compose import given
-from unlearn.objectives.functions import Objective, ga, kl, mean_nll, npo, rmu, tnpo, weighted, wga, wtnpo
+from unlearn.objectives.functions import Objective, ga, kl, mean_nll, needs_of, npo, rmu, tnpo, weighted, wga, wtnpo
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.tokens import IGNORE, Counts, Tokens, label_positions, token_outputs
 
@@ -120,7 +120,7 @@ def gold_loss(cfg: Any) -> tuple[Loss, Batch]:
     padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}
     batch: Batch = {key: torch.cat([F.pad(rows[key], (0, wider), value=padding[key]), retain[key]]) for key in padding}
     batch |= {"n_forget": 4, "forget_counts": count(rows["labels"]), "retain_counts": count(retain["labels"])}
-    if cfg.method.reference:
+    if "ref_nll" in needs_of(instantiate(cfg.method.objective)):
         with torch.no_grad():
             batch["ref_nll"] = token_outputs(gold_model("oracle"), rows).nll
     objective = instantiate(cfg.method.objective)
@@ -132,7 +132,7 @@ def gold_loss(cfg: Any) -> tuple[Loss, Batch]:
         weight=cfg.retain.weight,
         layer=cfg.method.get("layer"),
         noise=load_file(GOLD / "rmu_noise.safetensors")["rmu_noise"].flatten()[:64],
-        reference=gold_model("oracle") if cfg.retain.reference else None,
+        reference=gold_model("oracle") if cfg.retain.name == "kl" else None,
     )
     return loss, batch
 
@@ -473,7 +473,7 @@ def test_npo_of_a_hopeless_row() -> None:
 
 def test_an_objective_without_its_reference_says_so() -> None:
     tokens = replace(synthetic([1.0], [1.0]), ref_nll=None)
-    with pytest.raises(AssertionError, match="reference: true"):
+    with pytest.raises(AssertionError, match='@needs.."ref_nll".'):
         tnpo(tokens, Counts(1, 1), beta=4)
 
 

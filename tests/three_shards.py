@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from app.door import cli
-from app.settings import Forget
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -20,6 +17,8 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import utils
+from app.door import cli
+from app.settings import Forget
 from unlearn.models.adapters import LoRA, add_lora
 from unlearn.models.sharding import all_finite, few_are_trained, local, shard, unreduced, whole, whole_state
 

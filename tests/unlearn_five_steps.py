@@ -6,13 +6,12 @@ torchrun --nproc_per_node=2 unlearn_five_steps.py MODEL OUT BATCH_SIZE ACCUMULAT
 import sys
 from pathlib import Path
 
-from app.compose import given
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import basher1
 import finetune
 import forget
+from app.compose import given
 
 model, out, batch_size, accumulation, parallel, *methods = sys.argv[1:]
 for method in methods:
