@@ -103,7 +103,7 @@ def measure(
         found[name] = []
         for row in given:
             one: Forced = next(forced)
-            more = membership(one, row.get("answer", row.get("text")), k=settings.min_k) if privacy and name != "retain" else {}
+            more = membership(one, row.get("answer") or row["text"], k=settings.min_k) if privacy and name != "retain" else {}
             found[name].append(knowledge(one) | more)
     for name in ("forget", "retain"):
         for row, into in zip(rows[name], found[name], strict=True):

@@ -28,10 +28,8 @@ def with_family(settings: Some) -> tuple[Some, Family]:
         ValueError: there is no such family, or what it would be made from scratch of is more than a config.json.
     """
     if not settings.model_family:
-        missing = "is missing" if settings.model_family is None else "is empty"
-        raise ValueError(
-            f"model_family={settings.model_family or ''}: {missing}; the families are {', '.join(load_families())}"
-        )
+        missing = "model_family is missing" if settings.model_family is None else "model_family=: unknown"
+        raise ValueError(f"{missing}; the families are {', '.join(load_families())}")
     family = load_family(
         settings.model_family,
         hf_key=settings.hf_key,
