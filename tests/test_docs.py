@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+
+import basher1
+from app.compose import compose, parsed
+from app.door import quote, split_flags
+from app.fields import flatten
+from app.settings import COMMANDS
 
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*TOP, *sorted(file for file in (ROOT / "docs").rglob("*.md") if "_build" not in file.parts)]
@@ -59,6 +66,38 @@ def tree() -> set[str]:
     return found
 
 
+def commands() -> Iterator[list[str]]:
+    """The words of every command on a page, from the script on; a sweep's with the first of its values."""
+    for file in PAGES:
+        for block in re.findall(r"^```(?:bash)?\n(.*?)^```$", file.read_text(), re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True) if line.startswith(("python ", "torchrun ")) else []
+                script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+                if words[:1] in (["python"], ["torchrun"]) and script is not None and (ROOT / words[script]).parent == ROOT:
+                    words = [word for word in words[script:] if word not in (">", "-m") and not word.startswith("hydra")]
+                    yield [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words if not word.endswith(".txt")]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_has_settings_that_are_there(words: list[str]) -> None:
+    """Whether it also runs, with the tiny model: test_commands.py, test_demo.py and their like."""
+    script, *rest = words
+    if script.startswith("basher"):
+        args = basher1.parse_args(rest)
+        config, overrides = "forget", basher1.run_settings(args)
+        of_measuring = flatten(compose("forget_ge"))
+        overrides += [word for word in args.overrides if script == "basher1.py" or word.partition("=")[0] not in of_measuring]
+    else:
+        flags, overrides = split_flags([quote(word) for word in rest])
+        config = Path(flags.config_name or OF_SCRIPT[script]).stem
+    command = COMMANDS[config.removesuffix("_lora")]
+    assert parsed(command, compose(config, overrides)) is not None
+
+
+OF_SCRIPT = {"finetune.py": "finetune", "forget.py": "forget", "compute_geffect.py": "forget_ge"}
+OF_SCRIPT |= {"tofu_evaluation.py": "eval_tofu", "evaluation_everything.py": "eval_everything"}
+
+
 @pytest.mark.parametrize("file", PAGES, ids=name_of)
 def test_lines_fit(file: Path) -> None:
     assert [f"{number}: {len(line)}" for number, line in enumerate(file.read_text().split("\n"), 1) if len(line) > 120] == []
@@ -93,6 +132,7 @@ def test_the_tree_of_files_is_the_tree() -> None:
     there = [
         *ROOT.glob("*.py"),
         *(ROOT / "unlearn").rglob("*.py"),
+        *(ROOT / "app").rglob("*.py"),
         *(ROOT / "benchmarks").glob("*.py"),
         ROOT / "data/make_sample.py",
     ]

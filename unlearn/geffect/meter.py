@@ -113,7 +113,7 @@ class Meter:
         self.directions: Directions = {}
 
     def measure(self) -> Tables:
-        """The tables `steps` and `layers` of the present weights, and what else is wanted; columns as in the README.
+        """The tables `steps` and `layers` of the present weights, and what else is wanted; columns as in docs/geffect.md.
 
         Raises:
             FloatingPointError: an effect is not finite.
