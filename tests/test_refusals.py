@@ -129,6 +129,7 @@ def test_rows_longer_than_the_models_positions(script: str, short: Path, tmp_pat
     assert f"{forget}, row 4: has " in done.stderr
     assert "tokens, and the model positions for 40; max_length=40 cuts rows" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run/config.yaml").exists()  # the same command runs once the row is mended
 
 
 def with_too_many(young: Path) -> tuple[Any, int]:

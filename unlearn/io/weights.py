@@ -169,7 +169,7 @@ def why_no_checkpoint(folder: Path) -> str | None:
         if not (others := other_weights(folder)):
             return "a folder without a checkpoint"
         call = f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained(NEW)"
-        how = f": {call} writes them" if any(name.endswith(".bin") for name in others) else ""
+        how = f": {call} writes them (copy the tokenizer's files, too)" if any(name.endswith(".bin") for name in others) else ""
         return f"its weights are {', '.join(others[:3])}, and only safetensors are read{how}"
     try:
         if (config := folder / "config.json").exists() and "model_type" not in read_object(config):
