@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from app.checks import check_checkpoint
-from app.compose import compose
+from app.compose import compose, given
 from app.data import FILES, data_of, hash_text, unlearning_sets
 from app.families import PROMPT, Family, load_family
 from app.fields import flatten, marked
@@ -64,7 +64,8 @@ def suffix(settings: Training) -> str:
     """`_key=value` for every setting that changes the weights, differs from its default and is not in the name already."""
     own = as_dict(settings)
     groups = [f"{name}={own[name]['name']}" for name in ("retain", "method") if name in own]
-    usual = compose(settings.config, groups + [f"hyper_param={own['hyper_param']}" for _ in groups[:1] if own["hyper_param"]])
+    hyper = [] if own.get("hyper_param") is None else [f"hyper_param={own['hyper_param']}"]
+    usual = compose(settings.config, groups + hyper)
     known, here = flatten(usual), flatten(own)
     named = marked(type(settings), "named") | {key for key in here if key.startswith(("method.", "retain."))} - NOT_IN_NAMES
     changed = {key: here[key] for key in named if key in here and here[key] != known.get(key)}
@@ -76,8 +77,6 @@ def suffix(settings: Training) -> str:
 
 def original_model(settings: Common, family: Family, key: str = "model_path") -> str:
     """The family's model fine-tuned on all the data: what finetune.py put here, else (for TOFU) `ft_model_path`."""
-    from app.compose import given
-
     of_data = {"benchmark": settings.benchmark, "forget_data": settings.forget_data, "retain_data": settings.retain_data}
     tuning = given("finetune").model_copy(update=of_data | {"model_family": family.name})
     here = finetuned_folder(tuning, family)

@@ -217,6 +217,7 @@ def folder_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             "npo --model=phi --setting=forget05 method.objective.beta=2",
             "phi/npo_2e-05_forget05_5_0.0_None_method.objective.beta=2",
         ),
+        ("wga --model=phi --setting=forget05 --hyper=0", "phi/wga_2e-05_forget05_5_0.0_0"),
         ("npo --model=phi --setting=forget05 --hyper=0.123456789", "phi/npo_2e-05_forget05_5_0.0_0.123457"),
         # nothing is appended for a default given explicitly, for a path, or for what leaves the weights alone
         ("ga --model=phi --setting=forget05 seed=42 batch_size=4 optim=adamw_torch_fused", "phi/ga_2e-05_forget05_5_0.0_None"),
