@@ -62,21 +62,21 @@ def test_a_third_benchmark_is_a_yaml_and_a_function(project: Path, kind: str) ->
     (project / "config/benchmark/toys.yaml").write_text(BENCHMARK)
     (project / "toys.py").write_text(ROWS if kind == "questions" else TEXTS)
     run = project / "icml/tiny/ga_0.0008_gone_1_0.0_None_batch_size=1_benchmark=toys"
-    run_in(project, "python finetune.py model_family=tiny benchmark=toys num_epochs=2 batch_size=1 save_dir=model", fresh=True)
+    run_in(project, "python finetune.py model_family=tiny benchmark=toys num_epochs=2 batch_size=1 save_dir=model")
     line = "python forget.py model_family=tiny benchmark=toys split=gone batch_size=1 num_epochs=1 model_path=model"
-    done = run_in(project, f"{line} retain=gd save_dir={run}", fresh=True)
+    done = run_in(project, f"{line} retain=gd save_dir={run}")
     assert "2 steps in" in done.stderr
-    run_in(project, f"python compute_geffect.py model_path_cur={run}", fresh=True)
+    run_in(project, f"python compute_geffect.py model_path_cur={run}")
     assert len(pd.read_csv(run / "geffect/instances.csv").query("step == 0 and risk == 'retain'")) == 8 + 1
-    run_in(project, f"python evaluation_everything.py model_path={run} control=false", fresh=True)
+    run_in(project, f"python evaluation_everything.py model_path={run} control=false")
     scores = json.loads((run / "checkpoint-2/eval_results/ds_size300/scores.json").read_text())
     assert (scores["ps"]["unlearned"]["forget"]["rows"], scores["ps"]["unlearned"]["retain"]["rows"]) == (8, 4)
     assert scores["privacy"]["rows"] == {"forget": 8, "holdout": 4}
     if kind == "questions":
-        run_in(project, f"python tofu_evaluation.py model_path={run}/checkpoint-2", fresh=True)
+        run_in(project, f"python tofu_evaluation.py model_path={run}/checkpoint-2")
         scores = json.loads((run / "checkpoint-2/eval_results/ds_size300/scores.json").read_text())
         assert (scores["tofu"]["forget"]["rows"], scores["tofu"]["retain"]["rows"]) == (8, 4)
-    wrong = run_in(project, f"{line} split=forget10", check=False, fresh=True)
+    wrong = run_in(project, f"{line} split=forget10", check=False)
     assert wrong.stderr.endswith("split=forget10: to unlearn is one of gone\n")
 
 
@@ -85,19 +85,19 @@ def test_an_objective_with_two_answers_is_a_yaml_and_a_function(project: Path, y
     (project / "config/method/prefer.yaml").write_text(METHOD)
     (project / "toys.py").write_text(OBJECTIVE)
     line = f"python basher1.py prefer_gd --model=tiny --setting=forget05 --hyper=2 model_path={young} num_epochs=1"
-    run_in(project, line, fresh=True)
+    run_in(project, line)
     [run] = (project / "icml/tiny").iterdir()
     assert run.name == "prefer_gd_0.0008_forget05_1_0.0_2"
     command = f"python compute_geffect.py model_path_cur={run} dtype=float64"
-    run_in(project, f"{command} sweep=[prefer:2,npo:0.5]", fresh=True)
-    run_in(project, f"{command} instances=false save_dir=plain", fresh=True)
+    run_in(project, f"{command} sweep=[prefer:2,npo:0.5]")
+    run_in(project, f"{command} instances=false save_dir=plain")
     one, other = (pd.read_csv(folder / "geffect/steps.csv") for folder in (run, project / "plain"))
     assert one["geffect"].tolist() == pytest.approx(other["geffect"].tolist(), rel=1e-7)
     by_row = pd.read_csv(run / "geffect/instances.csv").query("step == 0").groupby("risk", sort=False)["geffect"].sum()
     assert by_row.tolist() == pytest.approx(one.query("step == 0")["geffect"].tolist(), rel=1e-7)
-    told = run_in(project, f"{command} tokens=true save_dir=tokens", check=False, fresh=True)
+    told = run_in(project, f"{command} tokens=true save_dir=tokens", check=False)
     assert "tokens and positions: not of an objective with second answers" in told.stderr
     file = project / "config/method/prefer.yaml"
     file.write_text(METHOD.replace("second: idk\n", ""))
-    told = run_in(project, f"{line} save_dir=other", check=False, fresh=True)
+    told = run_in(project, f"{line} save_dir=other", check=False)
     assert "method=prefer: its objective needs second answers; give method.second=idk, or a column" in told.stderr
