@@ -463,3 +463,27 @@ def test_tokens_that_are_none(key: str, value: float, line: str) -> None:
     row[key] = row[key].to(torch.tensor(value).dtype).index_fill(0, torch.tensor([2]), value)
     with pytest.raises(ValueError, match=rf"forget\[0\].*{line}"):
         geffect(build("llama"), TOKENS, [row], RETAIN, ga)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_inner_products_are_read_once_a_measurement(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not tensor by tensor: on a GPU each reading waits for all that was launched before it."""
+    meter = meter_of(build("llama"), TOKENS, FORGET, RETAIN, ga, wanted=Wanted(instances=False))
+    meter.offload = offload
+    meter.measure()
+    read: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        function = getattr(Tensor, name)
+
+        def called(*args: Any) -> Any:
+            read.append(name)
+            return function(*args)
+
+        return called
+
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+        monkeypatch.setattr(Tensor, name, noted(name))
+    meter._dots(meter.parameters)
+    assert read == ["tolist"]
+    assert len(meter.parameters) > 10

@@ -31,6 +31,7 @@ from unlearn.geffect.risks import (
     each_gradient,
     gradients_into,
     put_back,
+    read_all,
     trainable,
     wide,
     zeros,
@@ -223,19 +224,17 @@ class Meter:
 
     def _check_one_row(self) -> None:
         """Where no gradient of the whole loss is formed, the tap is checked on a row."""
-        dots = [0.0] * len(RISKS)
-        norms = [[0.0] * len(RISKS), [0.0] * len(RISKS)]  # squared, of the loss's gradient and of V
+        sums = torch.zeros((3, len(RISKS)), dtype=torch.float64, device=self.model.device)  # with V, and both squared
 
         def take(name: str, gradient: Tensor) -> None:
             for d, v in enumerate(self.directions[name]):
-                dots[d] += dot(gradient, v)
-                norms[0][d] += dot(gradient, gradient)
-                norms[1][d] += dot(v, v)
+                sums[:, d] += torch.stack([dot(gradient, v), dot(gradient, gradient), dot(v, v).to(sums.device)])
 
         for batch in set_batches(self.target.forget[:1], [], 1, self.pad, equally_many=self.sharded):
             tap = Tap(self.sites, self.directions, 1)
             with evaluating(self.model), each_gradient(self.parameters, take):
                 self._backward(tap, on(batch, self.model.device))
+            dots, *norms = sums.tolist()
             scale = [math.sqrt(g * v) for g, v in zip(*norms, strict=True)]
             self._check_tap(tap.effects.sum((0, 1)).tolist(), dots, scale)
 
@@ -325,7 +324,7 @@ class Meter:
     def _dots(self, vectors: Mapping[str, Tensor]) -> dict[str, list[float]]:
         """For each parameter its inner product with each V."""
         numbers = [dot(x, self.directions[name][d]) for name, x in vectors.items() for d in range(len(RISKS))]
-        found = iter(self._over_shards(numbers))
+        found = iter(self._over_shards(read_all(numbers)))
         return {name: [next(found) for _ in RISKS] for name in vectors}
 
     def _over_shards(self, numbers: Sequence[float]) -> list[float]:
@@ -338,8 +337,10 @@ class Meter:
 
     def _steps(self, totals: list[float], gradient: Vectors) -> pd.DataFrame:
         check_finite(totals)
-        squares = [math.fsum(dot(v[d], v[d]) for v in self.directions.values()) for d in range(len(RISKS))]
-        squares.append(math.fsum(dot(g, g) for g in gradient.values()) if gradient else math.nan)
+        of_v = read_all([dot(v[d], v[d]).to(self.model.device) for d in range(len(RISKS)) for v in self.directions.values()])
+        n = len(self.directions)
+        squares = [math.fsum(of_v[d * n : (d + 1) * n]) for d in range(len(RISKS))]
+        squares.append(math.fsum(read_all([dot(g, g) for g in gradient.values()])) if gradient else math.nan)
         *risk_norms, norm = map(math.sqrt, self._over_shards(squares))
         cosines = [e / (norm * r) if norm * r else math.nan for e, r in zip(totals, risk_norms, strict=True)]
         columns = {"risk": RISKS, "geffect": totals, "cosine": cosines, "objective_norm": norm, "risk_norm": risk_norms}

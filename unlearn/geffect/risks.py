@@ -5,7 +5,7 @@ Letters: P parameters by name, D directions (the risks).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -21,7 +21,8 @@ from unlearn.passes.batches import Batch, over_processes
 Vectors = dict[str, Tensor]  # one tensor for each parameter, like it
 Directions = dict[str, Tensor]  # (D, *shape) for each parameter
 
-CHUNK = 1 << 18  # numbers that are widened to float64 at once: few enough to stay in a cache
+CHUNK = 1 << 18  # numbers that are widened to float64 at once on a CPU: few enough to stay in a cache
+CHUNK_OF_A_GPU = 1 << 24  # many enough that launches do not count
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -109,20 +110,27 @@ class Parts:
     """Sums a loss's parts over batches and processes."""
 
     def __init__(self) -> None:
-        self.sums = dict.fromkeys(("objective", "retain"), 0.0)
+        self.sums: dict[str, Any] = dict.fromkeys(("objective", "retain"), 0.0)
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
         for name, value in parts.items():
-            self.sums[name] += value.item()
+            self.sums[name] = self.sums[name] + value.detach().double()  # where it is: nothing waits for it
 
     def total(self, device: torch.device) -> dict[str, float]:
-        values = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=device)
+        none = torch.zeros((), dtype=torch.float64, device=device)
+        values = torch.stack([none + x for x in self.sums.values()])
         over_processes([values])
         return dict(zip(self.sums, values.tolist(), strict=True))
 
 
-def dot(a: Tensor, b: Tensor) -> float:
-    """The inner product of two tensors of one shape (of their shards here), the products formed and summed in float64."""
-    a, b = (local(x.detach()).flatten().split(CHUNK) for x in (a, b))
-    pieces = zip(a, b, strict=True)
-    return float(sum(x.double() @ y.to(x.device).double() for x, y in pieces))
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of two tensors of one shape (of their shards here), formed and summed in float64; () on a's device."""
+    x, y = (local(z.detach()).flatten() for z in (a, b))
+    size = CHUNK if x.device.type == "cpu" else CHUNK_OF_A_GPU
+    pieces = zip(x.split(size), y.split(size), strict=True)
+    return sum((m.double() @ n.to(x.device).double() for m, n in pieces), torch.zeros((), dtype=torch.float64, device=x.device))
+
+
+def read_all(numbers: Sequence[Tensor]) -> list[float]:
+    """Their values, by one synchronisation with their device."""
+    return torch.stack(list(numbers)).tolist() if numbers else []
