@@ -74,7 +74,7 @@ def finetune(settings: Finetune, family: Family, folder: Path) -> None:
         close_run(folder)
         return say(f"{folder} is fine-tuned already")
 
-    from app.building import adapt, how_to_train, load_to_train, split_up, step_batches, tokenizing
+    from app.building import adapt, cut_as_run, how_to_train, load_to_train, split_up, step_batches, tokenizing
     from unlearn.models.adapters import bare, merged_state
     from unlearn.models.checkpoints import base_on_disk, new_model, save_adapter, save_into
     from unlearn.objectives import Loss, mean_nll
@@ -92,7 +92,8 @@ def finetune(settings: Finetune, family: Family, folder: Path) -> None:
     check_disk(settings, {folder}, model.num_parameters())  # `prepare` can't tell for a hub's model, or a new one
     split_up(settings, use_bfloat16(settings.dtype, family.dtype), model)
     tokenized = tokenizing(settings, family, tokenizer, model)(rows)
-    batches = step_batches(settings, tokenized, [], steps, tokenizer)
+    cut = cut_as_run(settings, family, model)
+    batches = step_batches(cut, tokenized, [], steps, tokenizer)
     open_run(folder, settings, made_of(settings, family))
 
     def publish(model: PreTrainedModel, weights: dict[str, Tensor], step: int) -> None:
@@ -102,7 +103,7 @@ def finetune(settings: Finetune, family: Family, folder: Path) -> None:
         elif step == steps:
             save_into(folder, model, tokenizer, settings.save_dtype, weights)
 
-    train(model, Loss(mean_nll), batches, how_to_train(settings, family, steps, per_epoch), folder, publish)
+    train(model, Loss(mean_nll), batches, how_to_train(cut, family, steps, per_epoch), folder, publish)
     close_run(folder)
     say(f"{steps} steps done; the model is in {folder}")
 

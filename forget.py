@@ -125,10 +125,11 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     if settings.eval.every:
         rows = {name: measured[name] for name in ("forget", "retain")}
         callbacks.append(ScoreCallback(how, rows, settings.eval.every, folder / "scores.csv"))
-    batches = step_batches(settings, target, retain, steps, tokenizer, len(data.held_out))
+    cut = building.cut_as_run(settings, family, model)
+    batches = step_batches(cut, target, retain, steps, tokenizer, len(data.held_out))
     publish = partial(save_checkpoint, folder, tokenizer, settings.save_dtype, settings.keep_last)
     began = time.time()
-    train(model, loss, batches, how_to_train(settings, family, steps, per_epoch), folder, publish, callbacks)
+    train(model, loss, batches, how_to_train(cut, family, steps, per_epoch), folder, publish, callbacks)
     seconds = time.time() - began
     after = {name: token_nlls(how, rows, f"{name} loss after") for name, rows in measured.items()}
     losses = {name: {"start": token_mean(before[name]), "end": token_mean(after[name])} for name in measured}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,10 @@ from hydra.utils import instantiate
 
 import dataloader
 from app.families import Family
+from app.planning import work_of
 from app.settings import Forget, GEffects, Method, Retain, Training
 from unlearn.io.files import written_beside
+from unlearn.models import plan
 from unlearn.models.adapters import LoRA, add_lora, has_adapters
 from unlearn.models.checkpoints import base_on_disk, load, pad_id
 from unlearn.models.sharding import shard
@@ -21,7 +24,9 @@ from unlearn.objectives.functions import needs_of
 from unlearn.objectives.loss import Loss
 from unlearn.passes.forcing import Pass, token_nlls
 from unlearn.training.trainer import Settings as HowToTrain
-from utils import is_main_process, model_device, processes, use_bfloat16
+from utils import is_main_process, model_device, processes, say, use_bfloat16
+
+OF_MEMORY = 0.85  # of a GPU, that what is planned may take
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +76,24 @@ def tokenizing(
     """Rows to tokens, as the family has them, checked to have a place in the model."""
     length = settings.max_length
     return partial(dataloader.tokenize, tokenizer=tokenizer, family=family, max_length=length, model=model)
+
+
+def cut_as_run(settings: Training, family: Family, model: PreTrainedModel) -> Training:
+    """The settings with a step's micro-batches merged into one, where they say so, or a GPU's memory holds it."""
+    rows = settings.batch_size * settings.gradient_accumulation_steps
+    if settings.merge is False or rows == settings.batch_size or not (settings.merge or _fits(settings, family, model, rows)):
+        return settings
+    say(f"the {settings.gradient_accumulation_steps} micro-batches of a step are run as one (merge=false keeps them apart)")
+    return settings.model_copy(update={"batch_size": rows, "gradient_accumulation_steps": 1})
+
+
+def _fits(settings: Training, family: Family, model: PreTrainedModel, rows: int) -> bool:
+    """Whether this process's GPU, if there is one, holds a training step of so many rows at once, by the plan's arithmetic."""
+    if not torch.cuda.is_available():
+        return False
+    work = replace(work_of(settings, family), rows=rows, gpu=True, shards=processes() if settings.parallel == "fsdp" else 1)
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return plan.training(plan.shape_of(model.config), work).peak < OF_MEMORY * memory
 
 
 def step_batches(

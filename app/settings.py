@@ -199,6 +199,11 @@ class Training(Common):
     lr: Positive = setting(None, f"null: the family's, else 1e-5; {ADAPTERS_LR}", named=False)
     num_epochs: Positive = setting(5, "passes over the rows that are trained on", named=False)
     gradient_accumulation_steps: Count = setting(4, "micro-batches a step, on each process")
+    merge: bool | None = setting(
+        None,
+        "true: a step's micro-batches in one, to rounding the same step; null: on a GPU that holds it",
+        named=False,
+    )
     weight_decay: NotNegative = setting(0.0, "of the optimiser", named=False)
     max_grad_norm: NotNegative = setting(0, "0: no clipping")
     optim: Optim = setting("adamw_torch_fused", "8bit: with bitsandbytes; torch_8bit, torch_4bit: with torchao")

@@ -38,12 +38,13 @@ def cuts(young: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     torchrun = "torchrun --nproc_per_node=2 --master_port=18771"
     run_in(ROOT, f"python {script} {young} {out}/whole 8 1 ddp {methods}")
     run_in(ROOT, f"python {script} {young} {out}/accumulated 4 2 ddp {methods}")
+    run_in(ROOT, f"python {script} {young} {out}/merged 4 2 ddp merge=true {methods}")
     run_in(ROOT, f"{torchrun} {script} {young} {out}/processes 4 1 ddp {methods}")
     run_in(ROOT, f"{torchrun} {script} {young} {out}/shards 2 2 fsdp {methods}")
-    return {name: out / name for name in ("whole", "accumulated", "processes", "shards")}
+    return {name: out / name for name in ("whole", "accumulated", "merged", "processes", "shards")}
 
 
-@pytest.mark.parametrize("cut", ["accumulated", "processes", "shards"])
+@pytest.mark.parametrize("cut", ["accumulated", "merged", "processes", "shards"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_is_the_same_however_it_is_cut(cuts: dict[str, Path], method: str, cut: str) -> None:
     """2 processes x batch 4 (DDP), 2 x 2 x accumulation 2 (FSDP2) = 1 x batch 8 = 1 x batch 4 x accumulation 2.

@@ -13,9 +13,16 @@ import finetune
 import forget
 from app.compose import given
 
-model, out, batch_size, accumulation, parallel, *methods = sys.argv[1:]
+model, out, batch_size, accumulation, parallel, *words = sys.argv[1:]
+methods, more = ([word for word in words if ("=" in word) == setting] for setting in (False, True))
 for method in methods:
-    how = [f"batch_size={batch_size}", f"gradient_accumulation_steps={accumulation}", f"parallel={parallel}", "dtype=float32"]
+    how = [
+        f"batch_size={batch_size}",
+        f"gradient_accumulation_steps={accumulation}",
+        f"parallel={parallel}",
+        "dtype=float32",
+        *more,
+    ]
     if method == "finetune":
         own = ["model_family=smollm2-135m", "data_path=data/sample", f"hf_key={model}", "num_epochs=0.1", "lr=1e-3"]
         finetune.run(given("finetune", [*own, f"save_dir={out}/finetune/checkpoint-5", *how]))
