@@ -57,6 +57,7 @@ TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
 }  # of parts against the whole, and of the tap against the gradient; else 5e-2
+ENOUGH = 8  # tokens of a row that the modules are looked at with
 IN_PARTS = 1e-5  # where only parts of a float64 model are in float32
 
 
@@ -218,7 +219,11 @@ class Meter:
             return narrowest(RISK(self.model, on(batch, self.model.device))["objective"])
 
     def _find_sites(self) -> list[Site]:
-        row = collate(self.risks["unlearn"][:1], self.pad)
+        rows = self.risks["unlearn"]
+        short = min(
+            (row for row in rows if len(row["input_ids"]) >= ENOUGH), key=lambda row: len(row["input_ids"]), default=rows[0]
+        )
+        row = collate([short], self.pad)
         with evaluating(self.model), self._autocast():
             return find_sites(self.model, self.parameters, self.directions, on(row, self.model.device))
 
