@@ -143,7 +143,9 @@ def with_second(
     if "second" not in needs(method):
         return rows
     if method.second is None:
-        raise ValueError(f"method={method.name}: its objective needs second answers; give method.second=idk, or a column")
+        raise ValueError(
+            f"method={method.name}: its objective needs second answers: its YAML has `second: idk`, or a column of the rows"
+        )
     second = tokenize(dataloader.second_rows(texts, method.second, seed))
     return [row | {"second": other} for row, other in zip(rows, second, strict=True)]
 

@@ -10,9 +10,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from app.fields import Number, Settings, defaults, flatten, parse, unknown
+from app.fields import Number, Settings, check_value, defaults, flatten, parse, unknown
 from app.places import CONFIG
-from app.settings import COMMANDS, OF_OPEN
+from app.settings import COMMANDS, OF_OPEN, Method, Retain
 
 GROUPS = ("benchmark", "method", "retain")
 
@@ -76,17 +76,15 @@ def check_open(name: str, found: dict[str, Any]) -> None:
     hyper = [f"method={found['name']}"] if name == "retain" and found["name"] in ("gd", "kl") else []
     of_file = flatten(group(name, str(found["name"]), *hyper))
     for key, value in flatten(found).items():
+        if key not in of_file and key in (Method if name == "method" else Retain).model_fields:
+            continue  # it has its own check
         if key not in of_file:
             parent = key.rpartition(".")[0]
             beside = [k for k in of_file if k.startswith(f"{parent}." if parent else "")]
             raise ValueError(unknown(f"{name}.{key}", list(dict.fromkeys(k.partition(".")[0] for k in beside))))
         kind = OF_OPEN.get(key.rpartition(".")[2]) or like(of_file[key])
         if kind is not None:
-            one = type("One", (Settings,), {"__annotations__": {"value": kind}})
-            try:
-                parse(one, {"value": value})
-            except ValueError as error:
-                raise ValueError(str(error).replace("value=", f"{name}.{key}=", 1)) from None
+            check_value(f"{name}.{key}", value, kind)
 
 
 def like(default: Any) -> Any:

@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 
@@ -120,6 +120,14 @@ def parse(group: type[Some], given: Mapping[str, Any]) -> Some:
         return group.model_validate(_without_nulls(group, given))
     except ValidationError as error:
         raise ValueError(_line(group, given, error)) from error
+
+
+def check_value(key: str, value: Any, kind: Any) -> None:
+    """Raises ValueError where a value is not of the kind, a type with its range."""
+    try:
+        TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
+        raise ValueError(f"{key}={value}: needs to be {what(FieldInfo.from_annotation(kind))}") from None
 
 
 def _without_nulls(group: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,4 +100,6 @@ def test_an_objective_with_two_answers_is_a_yaml_and_a_function(project: Path, y
     file = project / "config/method/prefer.yaml"
     file.write_text(METHOD.replace("second: idk\n", ""))
     told = run_in(project, f"{line} save_dir=other", check=False)
-    assert "method=prefer: its objective needs second answers; give method.second=idk, or a column" in told.stderr
+    assert (
+        "method=prefer: its objective needs second answers: its YAML has `second: idk`, or a column of the rows" in told.stderr
+    )
