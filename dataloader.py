@@ -106,6 +106,8 @@ def tokenize(
 
 def idk_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """The same questions, each answered by one of the "I don't know" sentences, drawn from `seed`."""
+    if without := [str(row.get(PLACE, row)) for row in rows if "question" not in row]:
+        raise ValueError(f'{without[0]}: has no question that "I don\'t know" could answer')
     sentences = [line["idk"] for line in read_jsonl(IDK)]
     draw = random.Random(f"idk {seed}")
     return [row | {"answer": draw.choice(sentences)} for row in rows]

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from app.compose import GROUPS, compose, nested, parsed
 from app.families import load_families
-from app.fields import Settings, fields, what
+from app.fields import Settings, fields, flatten, of_groups, what
 from app.methods import choices, hint
 from app.places import CONFIG
 from app.settings import COMMANDS
@@ -98,6 +98,14 @@ def split_flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--multirun", "-m", action="store_true")
     flags, rest = parser.parse_known_args(words)
     values = {i + 1 for i, word in enumerate(rest) if word in VALUED}
+    if rest[-1:] and rest[-1] in VALUED:
+        refuse(f"argument {rest[-1]}: expected one argument")
+    names = sorted(file.stem for file in CONFIG.glob("*.yaml") if file.stem not in NO_COMMAND)
+    if flags.config_name is not None and Path(flags.config_name).stem not in names:
+        raise ValueError(f"--config-name={flags.config_name}: unknown; there are {', '.join(names)}")
+    for group, value in (word.split("=", 1) for word in rest if word.partition("=")[0] in GROUPS):
+        if value in ("", "null"):
+            raise ValueError(f"{group}={value}: unknown; there are {', '.join(choices(group))}")
     if strange := [word for word in rest if word.startswith("-") and word.partition("=")[0] not in FLAGS]:
         refuse(f"unrecognized arguments: {' '.join(strange)}")
     return flags, [word for i, word in enumerate(rest) if i not in values and not word.startswith("-")]
@@ -119,17 +127,17 @@ def quote(word: str) -> str:
 def help_text(description: str, config_name: str) -> str:
     """What a script does, and every setting with its default, meaning and range."""
     command = COMMANDS[re.sub("_lora$", "", Path(config_name).stem)]
-    config = compose(config_name)
-    lines = [description.strip(), "", f"model_family: {', '.join(load_families())}"]
+    config = flatten(compose(config_name))
+    lines = [description.strip(), ""]
+    lines += [f"model_family: {', '.join(load_families())}"] if "model_family" in command.model_fields else []
     lines += [f"{name}: {', '.join(choices(name))}" for name in GROUPS if name in command.model_fields]
     lines += ["", "key: default # meaning (what it needs to be)"]
-    for key, field in fields(command):
-        if key not in GROUPS:
-            value: Any = config
-            for part in key.split("."):
-                value = value[part]
-            told = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-            lines.append(f"{key}: {told} # {field.description} ({what(field)})")
+    keys = {key: field for key, field in [*fields(command), *of_groups(command)] if key in config}
+    own = command.__annotations__
+    for key in sorted(keys, key=lambda key: key.partition(".")[0] not in own):  # the command's own first
+        value, needed = config[key], what(keys[key])
+        told = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        lines.append(f"{key}: {told} # {keys[key].description}" + (f" ({needed})" if needed != "a text" else ""))
     return "\n".join([*lines, "", "--hydra-help: its flags"])
 
 
@@ -161,9 +169,6 @@ def one_line(error: Exception, config_name: str) -> str:
     if choice := re.search(r"Could not find '(\w+)/([^']*)' Available options in '\w+': (.*?) Config search path", text):
         group, name, options = choice.groups()
         return f"{group}={name}: unknown; there are {', '.join(options.split())}" + (hint(name) if group == "method" else "")
-    if config := re.search(r"Cannot find primary config '([^']+)'", text):
-        names = sorted(file.stem for file in CONFIG.glob("*.yaml") if file.stem not in NO_COMMAND)
-        return f"--config-name={config[1]}: unknown; there are {', '.join(names)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: no setting, which is key=value ({text.partition(' See https')[0]})"
     return f"{text} {_flat(error.__cause__)}" if isinstance(error, HydraException) and error.__cause__ else text

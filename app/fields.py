@@ -62,6 +62,14 @@ def fields(group: type[Settings], prefix: str = "") -> Iterator[tuple[str, Field
             yield f"{prefix}{name}", field
 
 
+def of_groups(group: type[Settings]) -> Iterator[tuple[str, FieldInfo]]:
+    """The settings, with a meaning, of the groups whose defaults files have, by their dotted keys."""
+    for name, field in group.model_fields.items():
+        inner = _group(field.annotation)
+        if inner is not None and inner.by_file:
+            yield from ((f"{name}.{key}", one) for key, one in inner.model_fields.items() if one.description)
+
+
 def marked(group: type[Settings], mark: str, value: bool = True) -> set[str]:
     """The dotted keys of the settings with this mark (`named`, `may_differ`, `inherited`)."""
     return {key for key, field in fields(group) if dict(field.json_schema_extra or {}).get(mark) is value}  # type: ignore[arg-type]

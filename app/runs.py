@@ -12,7 +12,7 @@ import yaml
 
 from app.checks import check_checkpoint
 from app.compose import compose, given
-from app.data import FILES, data_of, hash_text, unlearning_sets
+from app.data import FILES, TEXTS, data_of, hash_text, unlearning_sets
 from app.families import PROMPT, Family, load_family
 from app.fields import flatten, marked
 from app.places import IDK, find_path
@@ -171,7 +171,9 @@ def original_of(settings: Forget | GEffects, family: Family) -> str:
 def made_of(settings: Forget | GEffects) -> MadeOf:
     """What tells an unlearning run's rows and its original model from others."""
     data = data_of(settings)
-    found = data.hashes(unlearning_sets(data, settings.split))
+    second = settings.method.second
+    texts = TEXTS if second in (None, "idk") else (*TEXTS, str(second))
+    found = data.hashes(unlearning_sets(data, settings.split), texts)
     if settings.retain_holdout is None and (first := data.benchmark.held_out.first_of) is not None:
         found |= data.hashes([first], texts=())  # its number of rows is what is held out
     if "idk" in (settings.method.answers, settings.method.second):

@@ -171,7 +171,7 @@ class Common(Settings):
     forget_data: str | None = setting(
         None, "local JSONL files of question and answer, in place of the benchmark's sets", named=False, inherited=True
     )
-    retain_data: str | None = setting(None, "(see forget_data)", named=False, inherited=True)
+    retain_data: str | None = setting(None, "the same, of the rows to keep", named=False, inherited=True)
     benchmark: Benchmark = setting(None, "the data's sets and what they are for: config/benchmark", named=False, inherited=True)
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = setting(42, "what draws the rows, and what else is random")
     batch_size: Count = setting(4, "rows per process and forward pass")
@@ -196,7 +196,7 @@ class Training(Common):
     dtype: Dtype = setting(
         "auto", "bfloat16: autocast over float32 master weights; auto: the family's, else bfloat16 where the device has it"
     )
-    lr: Positive = setting(None, f"null: the family's, else 1e-5; {ADAPTERS_LR}", named=False)
+    lr: Positive = setting(None, f"null: the family's finetune_lr or unlearn_lr, else 1e-5; {ADAPTERS_LR}", named=False)
     num_epochs: Positive = setting(5, "passes over the rows that are trained on", named=False)
     gradient_accumulation_steps: Count = setting(4, "micro-batches a step, on each process")
     merge: bool | None = setting(
@@ -253,6 +253,7 @@ class GEffects(Common):
 
     split: str = setting(None, "the rows to forget; null: the run's", inherited=True)
     model_path: str = setting(None, "the original model: step 0, and the reference; null: the run's", inherited=True)
+    save_dir: str | None = setting(None, "where geffect/ goes; null: into the run", named=False, may_differ=True)
     model_path_cur: str | None = setting(
         None, "a checkpoint, or a run's folder for all of it; null: the original model alone", may_differ=True
     )

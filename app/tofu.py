@@ -28,7 +28,13 @@ def read_sets(settings: EvalTofu) -> dict[str, Rows]:
             return unlearning_data(data, settings.split, settings.retain_holdout).held_out
         return data.rows(of)
 
-    return {name: rows(of)[: settings.ds_size] for name, of in asked_sets(data, settings.split).items()}
+    found = {name: rows(of)[: settings.ds_size] for name, of in asked_sets(data, settings.split).items()}
+    for name, of_set in found.items():
+        if any("question" not in row for row in of_set):
+            raise ValueError(
+                f"benchmark={data.benchmark.name}: its {name} rows have no question (evaluation_everything.py scores texts)"
+            )
+    return found
 
 
 def set_names(settings: EvalTofu) -> dict[str, str]:

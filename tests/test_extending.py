@@ -76,6 +76,11 @@ def test_a_third_benchmark_is_a_yaml_and_a_function(project: Path, kind: str) ->
         run_in(project, f"python tofu_evaluation.py model_path={run}/checkpoint-2")
         scores = json.loads((run / "checkpoint-2/eval_results/ds_size300/scores.json").read_text())
         assert (scores["tofu"]["forget"]["rows"], scores["tofu"]["retain"]["rows"]) == (8, 4)
+    else:
+        told = run_in(project, f"python tofu_evaluation.py model_path={run}/checkpoint-2", check=False)
+        assert told.stderr.splitlines()[-1].endswith("have no question (evaluation_everything.py scores texts)")
+        told = run_in(project, f"{line} method=idk", check=False)
+        assert 'split go, row 1: has no question that "I don\'t know" could answer' in told.stderr
     wrong = run_in(project, f"{line} split=forget10", check=False)
     assert wrong.stderr.endswith("split=forget10: to unlearn is one of gone\n")
 

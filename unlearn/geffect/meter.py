@@ -53,10 +53,8 @@ from unlearn.passes.batches import Batch, on, over_processes, progress, set_batc
 RISK = Loss(objective=mean_nll)  # R: the token-mean cross-entropy of a whole set
 PARTS = {"layers", "instances", "positions", "tokens"}  # the tables that add up to the totals
 WITHOUT = {"positions": "positions=false", "tokens": "tokens=false", "forward-mode pass": "a measurement without a sweep"}
-TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-}  # of parts against the whole, and of the tap against the gradient; else 5e-2
+# Of parts against the whole, and of the tap against the gradient; else 5e-2.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 ENOUGH = 8  # tokens of a row that the modules are looked at with
 IN_PARTS = 1e-5  # where only parts of a float64 model are in float32
 
@@ -220,10 +218,8 @@ class Meter:
 
     def _find_sites(self) -> list[Site]:
         rows = self.risks["unlearn"]
-        short = min(
-            (row for row in rows if len(row["input_ids"]) >= ENOUGH), key=lambda row: len(row["input_ids"]), default=rows[0]
-        )
-        row = collate([short], self.pad)
+        enough = [row for row in rows if len(row["input_ids"]) >= ENOUGH] or rows[:1]
+        row = collate([min(enough, key=lambda row: len(row["input_ids"]))], self.pad)
         with evaluating(self.model), self._autocast():
             return find_sites(self.model, self.parameters, self.directions, on(row, self.model.device))
 
