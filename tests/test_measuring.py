@@ -84,7 +84,8 @@ def sums(table: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", DROPOUT)
-def test_no_dropout_under_gradient_checkpointing(kind: str) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_no_dropout_under_gradient_checkpointing(kind: str, reentrant: bool) -> None:
     """Of a block's own forward, too: everything that measures gives what the model in eval mode gives, and puts modes back."""
     model = build(kind, None, **SPECIAL, **DROPOUT[kind])
     reference = copy.deepcopy(model)
@@ -92,7 +93,7 @@ def test_no_dropout_under_gradient_checkpointing(kind: str) -> None:
     loss = Loss(partial(npo, beta=0.5), retain=kl)
     want = geffect(model, TOKENS, FORGET, RETAIN, loss, reference=reference, beside=RETAIN, wanted=Wanted(tokens=True))
     nlls = token_nlls(Pass(model, 0, 2), FORGET)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     reference.train()
     meter = meter_of(model, TOKENS, FORGET, RETAIN, loss, reference=reference, beside=RETAIN, wanted=Wanted(tokens=True))

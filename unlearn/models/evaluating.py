@@ -35,7 +35,7 @@ def in_eval_mode(model: nn.Module, checkpointing: bool = False) -> Iterator[None
     model.eval()
     for layer, checkpoint in checkpoints.items() if checkpointing else ():
         layer.training = True
-        layer._gradient_checkpointing_func = partial(_in_eval_mode_too, layer, checkpoint)
+        layer._gradient_checkpointing_func = partial(_in_eval_mode_too, layer, _not_reentrant(checkpoint))
     try:
         yield
     finally:
@@ -43,6 +43,13 @@ def in_eval_mode(model: nn.Module, checkpointing: bool = False) -> Iterator[None
             layer._gradient_checkpointing_func = checkpoint
         for module, training in before.items():
             module.training = training
+
+
+def _not_reentrant(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's other kind runs a graph of its own inside the backward pass, which the tap and forward mode do not see."""
+    if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant"):
+        return partial(checkpoint.func, **checkpoint.keywords | {"use_reentrant": False})
+    return checkpoint
 
 
 def _in_eval_mode_too(layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
