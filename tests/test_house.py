@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+import unlearn
 
 MODULES = {"dataloader", "utils"}
 SCRIPTS = {"finetune", "forget", "compute_geffect", "evaluation_everything", "tofu_evaluation", "basher1", "basher2"}
@@ -88,6 +91,21 @@ def test_every_room_has_its_place() -> None:
     assert {file.name for file in (ROOT / "unlearn").iterdir() if file.is_dir() and file.name != "__pycache__"} == set(ROOMS)
     assert [file.name for file in (ROOT / "unlearn").glob("*.py")] == ["__init__.py"]
     assert rooms_imported(ROOT / "unlearn/scores/callback.py") == {"io", "objectives", "passes", "scores"}
+
+
+@pytest.mark.parametrize("old", unlearn.MOVED)
+def test_what_moved_is_found_by_its_old_name(old: str) -> None:
+    """By scripts written before the rooms, with a warning that names the new one."""
+    sys.modules.pop(f"unlearn.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"unlearn.{old} is unlearn.{unlearn.MOVED[old]} now"):
+        found = importlib.import_module(f"unlearn.{old}")
+    assert found is importlib.import_module(f"unlearn.{unlearn.MOVED[old]}")
+
+
+def test_an_old_command_is_found(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "unlearn.figures", str(tmp_path)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1].partition(":")[0]) == (2, "unlearn.reporting.figures")
 
 
 @pytest.mark.parametrize("file", [*APP, *(ROOT / f"{name}.py" for name in sorted(MODULES))], ids=name_of)

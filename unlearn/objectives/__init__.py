@@ -3,8 +3,23 @@
 An objective is a function of `Tokens` and `Counts`; a `Loss` is one with its retain term.
 """
 
-from unlearn.objectives.functions import ga, kl, mean_nll, needs, npo, rmu, tnpo, weighted, wga, wtnpo
+from unlearn.objectives.functions import Objective, ga, kl, mean_nll, needs, npo, rmu, tnpo, weighted, wga, wtnpo
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.tokens import Counts, Tokens
 
-__all__ = ["Counts", "Loss", "Tokens", "ga", "kl", "mean_nll", "needs", "npo", "rmu", "tnpo", "weighted", "wga", "wtnpo"]
+__all__ = [
+    "Counts",
+    "Loss",
+    "Objective",
+    "Tokens",
+    "ga",
+    "kl",
+    "mean_nll",
+    "needs",
+    "npo",
+    "rmu",
+    "tnpo",
+    "weighted",
+    "wga",
+    "wtnpo",
+]

@@ -1,7 +1,7 @@
 """What a model knows and gives away: each score's definition, asked of rows and of sets, the fair comparison.
 
 `score_rows` gives all that a row has; `ScoreCallback` the cheap ones inside any `Trainer`. Both are imported when they are
-asked for: definitions and logs need no torch.
+asked for: definitions, each a pure function here too (`scores.ps_exact`), and logs need no torch.
 """
 
 from importlib import import_module
@@ -16,6 +16,7 @@ WHERE = {"ScoreCallback": "callback", "score_rows": "extraction"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in WHERE:
+    found = None if name.startswith("_") else import_module(f"{__name__}.{WHERE.get(name, 'definitions')}")
+    if not hasattr(found, name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{WHERE[name]}"), name)
+    return getattr(found, name)
