@@ -158,8 +158,9 @@ def with_reference(rows: list[Row], method: Method, how: Pass, nlls: Sequence[Te
     """
     if "ref_nll" not in needs(method):
         return rows
-    nlls = token_nlls(how, rows, what="reference") if nlls is None else nlls
-    rows = [row | {"ref_nll": nll} for row, nll in zip(rows, nlls, strict=True)]
+    if "ref_nll" not in rows[0]:
+        nlls = token_nlls(how, rows, what="reference") if nlls is None else nlls
+        rows = [row | {"ref_nll": nll} for row, nll in zip(rows, nlls, strict=True)]
     if "second" in rows[0]:
         of_second = token_nlls(how, [row["second"] for row in rows], what="reference")
         rows = [row | {"second": row["second"] | {"ref_nll": nll}} for row, nll in zip(rows, of_second, strict=True)]

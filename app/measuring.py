@@ -118,8 +118,8 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
     if any(method.answers == "idk" for method, _ in objectives):
         rows["idk"] = tokenize(idk_rows(data.forget, settings.seed))
     how = Pass(model, pad, tokenizer.eos_token_id, bf16, settings.batch_size)
-    if compared := [method for method, _ in objectives if "ref_nll" in needs(method)]:
-        rows["forget"] = with_reference(rows["forget"], compared[0], how)
+    for method, _ in objectives:
+        rows[method.answers] = with_reference(rows[method.answers], method, how)  # once for all that compare
 
     def rows_of(method: Method) -> list[Row]:
         """Those of one kind are one list: they share the sweep's passes."""

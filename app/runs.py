@@ -171,9 +171,7 @@ def original_of(settings: Forget | GEffects, family: Family) -> str:
 def made_of(settings: Forget | GEffects) -> MadeOf:
     """What tells an unlearning run's rows and its original model from others."""
     data = data_of(settings)
-    second = settings.method.second
-    texts = TEXTS if second in (None, "idk") else (*TEXTS, str(second))
-    found = data.hashes(unlearning_sets(data, settings.split), texts)
+    found = data.hashes(unlearning_sets(data, settings.split), texts_of(settings.method.second))
     if settings.retain_holdout is None and (first := data.benchmark.held_out.first_of) is not None:
         found |= data.hashes([first], texts=())  # its number of rows is what is held out
     if "idk" in (settings.method.answers, settings.method.second):
@@ -199,6 +197,11 @@ def not_there(settings: Forget, steps: int) -> str:
     return f"; not there, or not whole: checkpoint-{', '.join(map(str, missing))}" if missing else ""
 
 
+def texts_of(second: str | None) -> tuple[str, ...]:
+    """What an unlearning run reads of its rows, `method.second` being the column of second answers, if it is one."""
+    return TEXTS if second in (None, "idk") else (*TEXTS, str(second))
+
+
 def check_trained_on(run: Path | None, settings: Common, split: str) -> None:
     """Raises ValueError where the files that a run was trained on are other ones now, where results go into its folder."""
     if run is None or settings.save_dir not in (None, str(run)):
@@ -207,7 +210,7 @@ def check_trained_on(run: Path | None, settings: Common, split: str) -> None:
     same = all(saved.get(key) == getattr(settings, key) for key in ("data_path", *FILES)) and saved.get("split") == split
     if same:
         data = data_of(settings)
-        now = data.hashes(unlearning_sets(data, split))
+        now = data.hashes(unlearning_sets(data, split), texts_of(saved.get("method", {}).get("second")))
         if changed := [data.place(name) for name, value in now.items() if noted.get(name, value) != value]:
             raise ValueError(f"{run} was trained on other data: {', '.join(changed)}: is not what it was; give save_dir=FOLDER")
 

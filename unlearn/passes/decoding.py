@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -69,7 +70,7 @@ def decode(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], what: s
     stops = stop_tokens(how.model, how.eos)
     with how.evaluating():
         padded = attends_alone(how.model)
-        one = _decode_batch if padded else _decode_as_one
+        one = _decode_batch if padded else partial(_decode_as_one, cached=has_cache(how.model))
         batches = _batches(prefixes, order, MORE * how.batch_size, padded)
         found = over_batches(
             how, batches, lambda batch: one(how, [prefixes[i] for i in batch], [limits[i] for i in batch], stops), what
@@ -136,7 +137,9 @@ def _decode_batch(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], 
     return found
 
 
-def _decode_as_one(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int]) -> list[list[int]]:
+def _decode_as_one(
+    how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int], cached: bool
+) -> list[list[int]]:
     """The same for a model that keeps more than keys and values, or nothing: no padding, and no row leaves.
 
     The cache goes back in under the name that it comes out by; without one every step is a pass over all that there is.
@@ -146,7 +149,6 @@ def _decode_as_one(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int],
     positioned = "position_ids" in inspect.signature(model.forward).parameters
     found: list[list[int]] = [[] for _ in prefixes]
     cache: dict[str, Any] = {}
-    cached = has_cache(model)
     while not all(len(row) >= n or stops & set(row) for row, n in zip(found, limits, strict=True)):
         last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
         width = len(prefixes[0]) + len(found[0])

@@ -156,6 +156,8 @@ def _runs(model: PreTrainedModel, ids: Tensor) -> bool:
     try:
         with torch.no_grad(), evaluating(model, checkpointing=False):
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
     except (IndexError, RuntimeError):
         return False
     return True
@@ -228,7 +230,9 @@ def _cache_kinds(model: PreTrainedModel) -> list[type]:
     """The classes of the layers of the model's cache; of one that is not made of such layers, its own; of a broken one none."""
     try:
         out = model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)
-    except Exception:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError):
         return []
     cache = out.get("past_key_values")
     own = type(cache) is DynamicCache and not has_virtual_tokens(model)
