@@ -21,7 +21,7 @@ import unlearn.reporting.figures
 from app import data, evaluating, runs
 from app.compose import given
 from app.data import hash_rows
-from app.runs import check_run, made_of, open_run
+from app.runs import check_run, check_trained_on, made_of, open_run
 from unlearn.io.weights import fingerprint, sampled
 from unlearn.models.checkpoints import load_model, load_weights
 
@@ -313,3 +313,22 @@ def test_an_adapter_is_merged_in_the_models_precision(young: Path, tmp_path: Pat
     for found in (given, loaded):
         there = dict(found.named_parameters())
         assert all((there[name] - weight).abs().max() < 1e-14 for name, weight in expected.named_parameters())
+
+
+def test_a_column_of_second_answers_is_data(tmp_path: Path) -> None:
+    """Where an objective reads one, a run is told by it, when it goes on and when it is measured first."""
+    for file in (ROOT / "data/sample").glob("*.json"):
+        rows = [json.loads(line) | {"other": "It is not known."} for line in file.read_text().splitlines()]
+        (tmp_path / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["model_family=tiny", "hf_key=some/model", "model_path=some/model", f"data_path={tmp_path}"]
+    plain, second = (given("forget", [*words, *more]) for more in ([], ["+method.second=other"]))
+    for name, settings in (("plain", plain), ("second", second)):
+        open_run(tmp_path / name, settings, made_of(settings))
+        check_trained_on(tmp_path / name, settings, "forget10")
+    file = tmp_path / "forget10.json"
+    file.write_text(file.read_text().replace("It is not known.", "Nobody knows.", 1))
+    check_trained_on(tmp_path / "plain", plain, "forget10")
+    with pytest.raises(ValueError, match="was trained on other data: forget10"):
+        check_trained_on(tmp_path / "second", second, "forget10")
+    with pytest.raises(ValueError, match="run of other data: forget10"):
+        check_run(tmp_path / "second", second, made_of(second))
