@@ -15,7 +15,7 @@ from app.checks import check_checkpoint, check_disk, check_folder, check_logger,
 from app.data import check_finetune_data, data_of, finetune_rows, finetune_sets
 from app.families import Family
 from app.filling import with_family
-from app.runs import MadeOf, alone, check_run, close_run, finetuned_folder, hash_models, learning_rate, open_run
+from app.runs import MadeOf, check_run, close_run, finetuned_folder, hash_models, learning_rate, open_run
 from app.settings import Finetune
 from unlearn.io.weights import count_parameters, is_checkpoint
 from utils import model_device, say, use_bfloat16
@@ -59,14 +59,7 @@ def made_of(settings: Finetune, family: Family) -> MadeOf:
 
 
 def run(settings: Finetune) -> Path | None:
-    if settings.plan:
-        planning.tell(settings)
-        return None
-    settings, family = prepare(settings)
-    folder = Path(str(settings.save_dir))
-    with alone(folder):
-        finetune(settings, family, folder)
-    return folder
+    return planning.plan_or_run(settings, prepare, finetune)
 
 
 def finetune(settings: Finetune, family: Family, folder: Path) -> None:

@@ -19,7 +19,6 @@ from app.evaluating import no_nan, told
 from app.families import Family
 from app.filling import with_family
 from app.runs import (
-    alone,
     check_run,
     checkpoints,
     close_run,
@@ -64,14 +63,7 @@ def prepare(settings: Forget) -> tuple[Forget, Family]:
 
 
 def run(settings: Forget) -> Path | None:
-    if settings.plan:
-        planning.tell(settings)
-        return None
-    settings, family = prepare(settings)
-    folder = Path(str(settings.save_dir))
-    with alone(folder):
-        unlearn(settings, family, folder)
-    return folder
+    return planning.plan_or_run(settings, prepare, unlearn)
 
 
 def unlearn(settings: Forget, family: Family, folder: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from app.checks import count_steps, model_config, shapes
 from app.data import TEXTS, Data, data_of, finetune_sets
 from app.families import Family
 from app.filling import with_family
+from app.runs import alone
 from app.settings import BYTES, OPTIMIZERS, Common, EvalEverything, Finetune, Forget, GEffects, Training
 from unlearn.io.rows import read_jsonl
 from utils import use_bfloat16
@@ -15,11 +18,27 @@ from utils import use_bfloat16
 if TYPE_CHECKING:
     from unlearn.models.plan import Work
 
+Some = TypeVar("Some", bound=Training)
+
 CHARACTERS = 4.6  # of English, to a token
 LABELS = 0.63  # of a row of TOFU's tokens
 LONGEST = 139  # tokens, of TOFU's rows with their prompts
 PROMPT = 20  # characters of a family's tags
 ROWS = {"forget01": 40, "forget05": 200, "forget10": 400}  # of TOFU's
+
+
+def plan_or_run(
+    asked: Some, prepare: Callable[[Some], tuple[Some, Family]], work: Callable[[Some, Family, Path], None]
+) -> Path | None:
+    """Tell the plan where one is asked for; else prepare, and do the work in its folder alone, which is returned."""
+    if asked.plan:
+        tell(asked)
+        return None
+    settings, family = prepare(asked)
+    folder = Path(str(settings.save_dir))
+    with alone(folder):
+        work(settings, family, folder)
+    return folder
 
 
 def tell(asked: Common) -> None:
