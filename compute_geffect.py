@@ -19,6 +19,7 @@ from app.data import check_unlearning_data, data_of
 from app.families import Family
 from app.filling import of_run, with_family
 from app.measuring import Steps, build_meter, check_wanted, check_weights, find_steps, learning_rates, order_of, parse_sweep
+from app.methods import layer_of
 from app.places import find_path
 from app.runs import alone, check_run, check_trained_on, made_of, open_run, original_of, run_of
 from app.settings import GEffects
@@ -41,8 +42,7 @@ def prepare(settings: GEffects) -> tuple[GEffects, Family]:
     settings, family = with_family(of_run(settings, run))
     check_unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
     settings = settings.model_copy(update={"model_path": original_of(settings, family)})
-    if (layer := settings.method.get("layer")) is not None:
-        check_layer(settings.model_path, layer)
+    check_layer(settings.model_path, layer_of(settings.method, settings.retain))
     check_wanted(settings)
     find_steps(settings)
     parse_sweep(settings)

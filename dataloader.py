@@ -15,7 +15,7 @@ from app.data import PLACE
 from app.families import Family
 from app.places import IDK
 from unlearn.io.rows import read_jsonl
-from unlearn.objectives.rows import Row, counts, forget_batch, tokenize_pairs
+from unlearn.objectives.rows import Row, counts, forget_batch, tokenize_pairs, visited
 from unlearn.passes.forcing import check_fit
 
 if TYPE_CHECKING:
@@ -113,17 +113,23 @@ def idk_rows(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     return [row | {"answer": draw.choice(sentences)} for row in rows]
 
 
-def second_rows(rows: Sequence[dict[str, Any]], source: str, seed: int) -> list[dict[str, Any]]:
-    """The same questions with their second answers: `idk`, or what stands in that column (the first of a list).
+def second_rows(
+    rows: Sequence[dict[str, Any]], source: str, seed: int, key: str = "method.second"
+) -> list[list[dict[str, Any]]]:
+    """For each row the same question with its second answers: `idk`, or what stands in that column (several in a list).
+
+    Args:
+        key: the setting that says so.
 
     Raises:
         ValueError: a row does not have that column.
     """
     if source == "idk":
-        return idk_rows(rows, seed)
+        return [[row] for row in idk_rows(rows, seed)]
     if lacking := [str(row.get(PLACE, row)) for row in rows if not row.get(source)]:
-        raise ValueError(f'method.second={source}: {lacking[0]} has no such column; idk stands for "I don\'t know" sentences')
-    return [row | {"answer": row[source] if isinstance(row[source], str) else row[source][0]} for row in rows]
+        raise ValueError(f'{key}={source}: {lacking[0]} has no such column; idk stands for "I don\'t know" sentences')
+    answers = [[row[source]] if isinstance(row[source], str) else row[source] for row in rows]
+    return [[row | {"answer": answer} for answer in of] for row, of in zip(rows, answers, strict=True)]
 
 
 def stream(n_rows: int, n: int, seed: int, name: str) -> list[int]:
@@ -141,8 +147,9 @@ class StepBatches(Dataset[dict[str, Any]]):
     A step's rows are drawn from `seed` whatever the number of processes and micro-batches, and sorted by length within
     the step. Beside each forget row stands a retain row, drawn from a stream of its own. An item holds `input_ids`,
     `attention_mask` and `labels` (B, T), forget rows first; `n_forget`; `rows`, their numbers, that of the first of either
-    kind being `first`; `forget_counts` and `retain_counts`, the label tokens and rows of the whole step; and `ref_nll`
-    (label tokens of the forget rows) where the rows have it.
+    kind being `first`; `forget_counts` and `retain_counts`, the label tokens and rows of the whole step; `ref_nll`
+    (label tokens of the forget rows) where the rows have it; and what `forget_batch` says of second answers. Of several
+    second answers a row's visits take one each, in turn.
     """
 
     def __init__(
@@ -161,14 +168,19 @@ class StepBatches(Dataset[dict[str, Any]]):
         self.batch_size, self.batches_per_step, self.steps = batch_size, batches_per_step, steps
         self.step_size = batch_size * batches_per_step
         n = steps * self.step_size
-        self.forget_order = self._by_step(stream(len(forget), n, seed, "forget"), forget)
-        self.retain_order = self._by_step(stream(len(retain), n, seed, "retain"), retain) if retain else [[]] * steps
+        self.forget_drawn = self._by_step(stream(len(forget), n, seed, "forget"), forget)
+        self.retain_drawn = self._by_step(stream(len(retain), n, seed, "retain"), retain) if retain else [[]] * steps
+        self.forget_order, self.retain_order = (
+            [[row for row, _ in step] for step in drawn] for drawn in (self.forget_drawn, self.retain_drawn)
+        )
         self.forget_counts = [counts([forget[row] for row in step]) for step in self.forget_order]
         self.retain_counts = [counts([retain[row] for row in step]) for step in self.retain_order]
 
-    def _by_step(self, order: list[int], rows: list[Row]) -> list[list[int]]:
-        chunks = (order[i : i + self.step_size] for i in range(0, len(order), self.step_size))
-        return [sorted(chunk, key=lambda row: -len(rows[row]["input_ids"])) for chunk in chunks]
+    def _by_step(self, order: list[int], rows: list[Row]) -> list[list[tuple[int, int]]]:
+        """Each step's rows, each with how often it was drawn before."""
+        drawn = [(row, i // len(rows)) for i, row in enumerate(order)]
+        chunks = (drawn[i : i + self.step_size] for i in range(0, len(drawn), self.step_size))
+        return [sorted(chunk, key=lambda one: -len(rows[one[0]]["input_ids"])) for chunk in chunks]
 
     def __len__(self) -> int:
         return self.steps * self.batches_per_step
@@ -176,8 +188,8 @@ class StepBatches(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         step, part = divmod(i, self.batches_per_step)
         here = slice(part * self.batch_size, (part + 1) * self.batch_size)
-        forget = [self.forget[row] for row in self.forget_order[step][here]]
-        retain = [self.retain[row] for row in self.retain_order[step][here]]
+        forget = [visited(self.forget[row], visit) for row, visit in self.forget_drawn[step][here]]
+        retain = [visited(self.retain[row], visit) for row, visit in self.retain_drawn[step][here]]
         batch = forget_batch(forget, retain, self.pad)
         batch |= {"forget_counts": self.forget_counts[step], "retain_counts": self.retain_counts[step]}
         rows = {"forget": self.forget_order[step][here], "retain": self.retain_order[step][here]}

@@ -18,6 +18,7 @@ from app.data import check_unlearning_data, data_of, unlearning_data
 from app.evaluating import no_nan, told
 from app.families import Family
 from app.filling import with_family
+from app.methods import RETAINED, layer_of
 from app.runs import (
     check_run,
     checkpoints,
@@ -49,10 +50,9 @@ def prepare(settings: Forget) -> tuple[Forget, Family]:
     check_optimizer(settings.optim, settings.parallel)
     settings = settings.model_copy(update={"model_path": original_of(settings, family)})
     method, retain = settings.method, settings.retain
-    if method.name in ("gd", "kl") and retain.name != method.name:
+    if method.name in RETAINED and retain.name != method.name:
         raise ValueError(f"retain={retain.name}: method={method.name} is ga with the retain term {method.name} already")
-    if (layer := method.get("layer")) is not None:
-        check_layer(settings.model_path, layer)
+    check_layer(settings.model_path, layer_of(method, retain))
     folder = Path(settings.save_dir or run_folder(settings))
     settings = settings.model_copy(update={"save_dir": str(folder)})
     check_folder(folder)
@@ -74,7 +74,7 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
         return say(f"{folder} is done already: {steps} steps" + not_there(settings, steps))
 
     from app import building
-    from app.building import build_loss, how_to_train, load_to_train, needs, step_batches, with_reference, with_second
+    from app.building import build_loss, how_to_train, load_to_train, step_batches, with_reference, with_second
     from dataloader import beside_rows, idk_rows
     from unlearn.geffect import GEffectCallback, Meter, Target, Wanted
     from unlearn.geffect.risks import trainable
@@ -90,20 +90,22 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     trained = sum(parameter.numel() for parameter in trainable(model).values())
     # `prepare` can't tell for a hub's model, or for adapters
     check_disk(settings, checkpoints(settings, steps), trained, settings.keep_last)
-    reference = building.reference_of(model) if "ref_logits" in needs(settings.retain) else None
+    reference = building.reference_of(model) if building.compares(settings.method, settings.retain) else None
     building.split_up(settings, bf16, model, reference)
     tokenize, pad = building.tokenizing(settings, family, tokenizer, model), pad_id(tokenizer)
     measured = {"forget": tokenize(data.forget), "retain": tokenize(data.held_out)}
     if settings.method.answers == "idk":
         measured["idk"] = tokenize(idk_rows(data.forget, settings.seed))
     retain = tokenize(data.retain) if settings.retain.term else []
+    retain = with_second(retain, data.retain, settings.retain, settings.seed, tokenize)
     open_run(folder, settings, made_of(settings))
     how = Pass(model, pad, tokenizer.eos_token_id, bf16)
     before = {name: token_nlls(how, rows, f"{name} loss before") for name, rows in measured.items()}
     answers = settings.method.answers
     target = with_second(measured[answers], data.forget, settings.method, settings.seed, tokenize)
     target = with_reference(target, settings.method, how, before[answers])  # the model before unlearning is the reference
-    loss = build_loss(settings.method, settings.retain, settings.seed, model, reference)
+    retain = with_reference(retain, settings.retain, how)
+    loss = build_loss(settings.method, settings.retain, settings.seed, model, reference, tokenizer)
     building.save_noise(settings, loss)
 
     callbacks: list[TrainerCallback] = []

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 
 import dataloader
 from app.families import Family
+from app.methods import layer_of
 from app.planning import work_of
 from app.settings import Forget, GEffects, Method, Retain, Training
 from unlearn.io.files import written_beside
@@ -20,9 +21,9 @@ from unlearn.models import plan
 from unlearn.models.adapters import LoRA, add_lora, has_adapters
 from unlearn.models.checkpoints import base_on_disk, load, pad_id
 from unlearn.models.sharding import shard
-from unlearn.objectives.functions import needs_of
 from unlearn.objectives.loss import Loss
-from unlearn.passes.forcing import Pass, token_nlls
+from unlearn.objectives.needs import needs_of, needs_reference
+from unlearn.passes.forcing import Pass, with_ref_nll
 from unlearn.training.trainer import Settings as HowToTrain
 from utils import is_main_process, model_device, processes, say, use_bfloat16
 
@@ -126,66 +127,104 @@ def how_to_train(settings: Training, family: Family, steps: int, per_epoch: int)
     )
 
 
+def found(group: Method | Retain) -> Any:
+    """The method's objective, or the retain term, with its hyper-parameters; None where there is none."""
+    of = group.objective if isinstance(group, Method) else group.term
+    return None if of is None else instantiate(of)
+
+
 def needs(group: Method | Retain) -> frozenset[str]:
     """What the method's objective, or the retain term, says that it needs."""
-    found = group.objective if isinstance(group, Method) else group.term
-    return needs_of(None if found is None else instantiate(found))
+    return needs_of(found(group))
+
+
+def compares(method: Method, retain: Retain) -> bool:
+    """Whether a reference model is kept beside the one that is trained, for either of the two."""
+    return needs_reference(found(method), found(retain))
 
 
 def with_second(
-    rows: list[Row], texts: Sequence[dict[str, Any]], method: Method, seed: int, tokenize: Callable[..., list[Row]]
+    rows: list[Row],
+    texts: Sequence[dict[str, Any]],
+    group: Method | Retain,
+    seed: int,
+    tokenize: Callable[..., list[Row]],
+    chosen: Sequence[int] | None = None,
 ) -> list[Row]:
-    """The rows to forget with their second answers, where the objective needs them.
+    """The rows with their second answers, where the method's objective (or the retain term) needs them.
+
+    Args:
+        texts: what the second answers are drawn for.
+        chosen: which of `texts` the rows are; None: all.
 
     Raises:
-        ValueError: the method's YAML does not say which.
+        ValueError: the YAML does not say which.
     """
-    if "second" not in needs(method):
+    if "second" not in needs(group):
         return rows
-    if method.second is None:
+    kind, what = ("method", "its objective") if isinstance(group, Method) else ("retain", "the term")
+    if group.second is None:
         raise ValueError(
-            f"method={method.name}: its objective needs second answers: its YAML has `second: idk`, or a column of the rows"
+            f"{kind}={group.name}: {what} needs second answers: its YAML has `second: idk`, or a column of the rows"
         )
-    second = tokenize(dataloader.second_rows(texts, method.second, seed))
-    return [row | {"second": other} for row, other in zip(rows, second, strict=True)]
+    several = dataloader.second_rows(texts, group.second, seed, f"{kind}.second")
+    several = [several[i] for i in (range(len(texts)) if chosen is None else chosen)]
+    second = iter(tokenize([answer for answers in several for answer in answers]))
+    answered = [[next(second) for _ in answers] for answers in several]
+    return [row | {"second": of if len(of) > 1 else of[0]} for row, of in zip(rows, answered, strict=True)]
 
 
-def with_reference(rows: list[Row], method: Method, how: Pass, nlls: Sequence[Tensor] | None = None) -> list[Row]:
+def with_reference(rows: list[Row], group: Method | Retain, how: Pass, nlls: Sequence[Tensor] | None = None) -> list[Row]:
     """The rows with their log-probabilities under the model as it is, before unlearning, where the objective needs them.
 
     Args:
         nlls: of the rows' own answers, where they are known.
     """
-    if "ref_nll" not in needs(method):
+    if "ref_nll" not in needs(group) or not rows:
         return rows
-    if "ref_nll" not in rows[0]:
-        nlls = token_nlls(how, rows, what="reference") if nlls is None else nlls
-        rows = [row | {"ref_nll": nll} for row, nll in zip(rows, nlls, strict=True)]
-    if "second" in rows[0]:
-        of_second = token_nlls(how, [row["second"] for row in rows], what="reference")
-        rows = [row | {"second": row["second"] | {"ref_nll": nll}} for row, nll in zip(rows, of_second, strict=True)]
-    return rows
+    if nlls is None and "ref_nll" in rows[0]:
+        nlls = [row["ref_nll"] for row in rows]
+    return with_ref_nll(how, rows, nlls)
 
 
-def build_loss(method: Method, retain: Retain, seed: int, model: PreTrainedModel, reference: PreTrainedModel | None) -> Loss:
+def build_loss(
+    method: Method,
+    retain: Retain,
+    seed: int,
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Loss:
     """The loss that the method's and the retain term's YAML describe.
 
     Args:
-        seed: of the run's fixed random vector, where the method looks at a layer.
-        reference: the model before unlearning, for a retain term that compares with it.
+        seed: of the run's fixed random vector, where the loss looks at a layer.
+        reference: the model before unlearning, for an objective or a retain term that compares with it.
+        tokenizer: of the method's refusal, where it has one.
+
+    Raises:
+        ValueError: the two look at other layers, or one looks at a layer and none is given; the refusal has no token.
     """
-    layer, noise = method.get("layer"), None
+    layer, noise = layer_of(method, retain), None
     if layer is not None:
         width = model.config.get_text_config().hidden_size
         noise = torch.rand(width, generator=torch.Generator().manual_seed(seed)).to(model.device)
     return Loss(
-        objective=instantiate(method.objective),
-        retain=None if retain.term is None else instantiate(retain.term),
+        objective=found(method),
+        retain=found(retain),
         weight=retain.weight,
         layer=layer,
         noise=noise,
-        reference=reference if "ref_logits" in needs(retain) else None,
+        reference=reference if compares(method, retain) else None,
+        refusal=_refusal(method, tokenizer, model.device) if "refusal" in needs(method) else None,
     )
+
+
+def _refusal(method: Method, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tensor:
+    """(k,) the tokens of the method's refusal, as they stand in an answer."""
+    if not method.refusal:
+        raise ValueError(f"method={method.name}: its objective needs a refusal: its YAML has `refusal: TEXT`")
+    return torch.tensor(tokenizer(method.refusal, add_special_tokens=False)["input_ids"], device=device)
 
 
 def save_noise(settings: Forget, loss: Loss) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,10 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
-def check_layer(model_path: str, layer: int) -> None:
-    """Raises ValueError where the model is not that deep."""
+def check_layer(model_path: str, layer: int | Sequence[int] | None) -> None:
+    """Raises ValueError where the model is not as deep as that layer, or one of them."""
+    if layer is None:
+        return
     config = model_config(model_path)
     if config is None:
         from huggingface_hub import hf_hub_download
@@ -156,7 +159,8 @@ def check_layer(model_path: str, layer: int) -> None:
         config = json.loads(Path(hf_hub_download(model_path, "config.json", etag_timeout=2)).read_text())
     text = text_config(config)
     depth = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in text), None)
-    if depth is not None and layer > depth:
+    deepest = layer if isinstance(layer, int) else max(layer)
+    if depth is not None and deepest > depth:
         raise ValueError(f"method.layer={layer}: {model_path} has 0 (its embeddings) to {depth} (after its final norm)")
 
 

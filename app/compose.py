@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from app.fields import Number, Settings, check_value, defaults, flatten, parse, unknown
+from app.methods import RETAINED
 from app.places import CONFIG
 from app.settings import COMMANDS, OF_OPEN, Method, Retain
 
@@ -18,6 +19,9 @@ GROUPS = ("benchmark", "method", "retain")
 
 OmegaConf.register_new_resolver(
     "hyper", lambda default, *, _root_: default if _root_.hyper_param is None else _root_.hyper_param, replace=True
+)
+OmegaConf.register_new_resolver(
+    "layers", lambda found: str(found) if isinstance(found, int) else "-".join(map(str, found)), replace=True
 )
 for _name, _group in COMMANDS.items():  # what their YAML begins with
     ConfigStore.instance().store(name=f"{_name}_settings", node=defaults(_group))
@@ -73,7 +77,7 @@ def check_open(name: str, found: dict[str, Any]) -> None:
     """Raises ValueError where a group has keys that its YAML does not have, or a value of another type than there."""
     if name == "benchmark":
         return
-    hyper = [f"method={found['name']}"] if name == "retain" and found["name"] in ("gd", "kl") else []
+    hyper = [f"method={found['name']}"] if name == "retain" and found["name"] in RETAINED else []
     of_file = flatten(group(name, str(found["name"]), *hyper))
     for key, value in flatten(found).items():
         if key not in of_file and key in (Method if name == "method" else Retain).model_fields:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app.checks import check_layer
 from app.compose import compose
 from app.families import Family
-from app.methods import parse_method
+from app.methods import layer_of, parse_method
 from app.runs import run_of, saved_settings
 from app.settings import GEffects, Method, Retain
 from unlearn.io.rows import read_jsonl, read_object, write_json
@@ -16,8 +16,11 @@ from unlearn.io.weights import is_of, run_checkpoints, step_of, weights_of
 from utils import is_main_process, model_device, use_bfloat16
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
     from unlearn.geffect import Meter
     from unlearn.objectives.rows import Row
+    from unlearn.passes import Pass
 
 Steps = list[tuple[int, str]]
 Objectives = dict[tuple[str, float | None], tuple[Method, Retain]]
@@ -56,8 +59,7 @@ def parse_sweep(settings: GEffects) -> Objectives:
             raise ValueError(f"sweep={entry}: {number!r} is no number; entries are METHOD or METHOD:HYPER") from None
         one = compose("forget", [*parse_method(name), *([] if hyper is None else [f"hyper_param={hyper:g}"])])
         found[name, hyper] = method, _ = Method.model_validate(one["method"]), Retain.model_validate(one["retain"])
-        if (layer := method.get("layer")) is not None:
-            check_layer(settings.model_path, layer)
+        check_layer(settings.model_path, layer_of(method, found[name, hyper][1]))
     return found
 
 
@@ -91,9 +93,9 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
     """The meter of the settings' objective and of their sweep's, on the original model."""
     import torch
 
-    from app.building import adapt, build_loss, needs, reference_of, split_up, tokenizing, with_reference, with_second
+    from app.building import adapt, build_loss, compares, reference_of, split_up, tokenizing
     from app.data import data_of, unlearning_data
-    from dataloader import beside_rows, idk_rows
+    from dataloader import beside_rows
     from unlearn.geffect import Meter, Target, Wanted
     from unlearn.geffect.parts import RISKS
     from unlearn.models import load, pad_id
@@ -110,30 +112,16 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
     adapt(model, settings, settings.model_path)
     sweep = parse_sweep(settings)
     objectives = [(settings.method, settings.retain), *sweep.values()]
-    reference = reference_of(model) if any("ref_logits" in needs(retain) for _, retain in objectives) else None
+    reference = reference_of(model) if any(compares(*one) for one in objectives) else None
     split_up(settings, bf16, model, reference)
     tokenize, pad = tokenizing(settings, family, tokenizer, model), pad_id(tokenizer)
     risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
-    rows = {"forget": risks["unlearn"], "idk": []}
-    if any(method.answers == "idk" for method, _ in objectives):
-        rows["idk"] = tokenize(idk_rows(data.forget, settings.seed))
     how = Pass(model, pad, tokenizer.eos_token_id, bf16, settings.batch_size)
-    for method, _ in objectives:
-        rows[method.answers] = with_reference(rows[method.answers], method, how)  # once for all that compare
-
-    def rows_of(method: Method) -> list[Row]:
-        """Those of one kind are one list: they share the sweep's passes."""
-        if "second" not in needs(method):
-            return rows[method.answers]
-        key = f"{method.answers} {method.second} {'ref_nll' in needs(method)}"
-        if key not in rows:
-            found = with_second(rows[method.answers], data.forget, method, settings.seed, tokenize)
-            rows[key] = with_reference(found, method, how)
-        return rows[key]
-
-    beside = tokenize(beside_rows(training.retain, settings.geffect.retain_rows, len(data.forget), settings.seed))
+    beside = beside_rows(range(len(training.retain)), settings.geffect.retain_rows, len(data.forget), settings.seed)
+    rows = Measured(objectives, data.forget, training.retain, beside, tokenize, how, settings.seed)
+    rows.lists["forget", None] = risks["unlearn"]
     targets = [
-        Target(build_loss(method, retain, settings.seed, model, reference), rows_of(method), beside if retain.term else ())
+        Target(build_loss(method, retain, settings.seed, model, reference, tokenizer), rows.of(method), rows.of(retain))
         for method, retain in objectives
     ]
     if settings.gradient_checkpointing:
@@ -150,6 +138,68 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
         offload=settings.geffect.offload,
         decode=lambda token: str(tokenizer.decode([token])),
     )
+
+
+class Measured:
+    """The rows that losses are of, tokenised: those of one kind are one list, so that targets share their passes.
+
+    Args:
+        groups: the methods and retain terms that are measured.
+        forget: the texts to forget.
+        retain: those that are retained in training.
+        beside: which of these are measured.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[tuple[Method, Retain]],
+        forget: list[dict[str, Any]],
+        retain: list[dict[str, Any]],
+        beside: Sequence[int],
+        tokenize: Callable[..., list[Row]],
+        how: Pass,
+        seed: int,
+    ) -> None:
+        self.groups = [group for pair in groups for group in pair]
+        self.forget_texts, self.retain_texts, self.beside = forget, retain, beside
+        self.tokenize, self.how, self.seed = tokenize, how, seed
+        self.lists: dict[tuple[str, str | None], list[Row]] = {}
+
+    def of(self, group: Method | Retain) -> list[Row]:
+        """With second answers and log-probabilities before unlearning where it needs them; none where it is no term."""
+        from app.building import needs, with_reference, with_second
+        from unlearn.objectives.rows import seconds
+
+        if isinstance(group, Retain) and group.term is None:
+            return []
+        kind = kind_of(group)
+        base = self._answered(kind)
+        for other in self.groups:  # once for all of this kind that compare
+            base = with_reference(base, other, self.how) if kind_of(other) == kind and "ref_nll" not in base[0] else base
+        self.lists[kind, None] = base
+        if "second" not in needs(group):
+            return base
+        if (kind, group.second) not in self.lists:
+            forget = kind != "retain"
+            texts, chosen = (self.forget_texts, None) if forget else (self.retain_texts, self.beside)
+            self.lists[kind, group.second] = with_second(base, texts, group, self.seed, self.tokenize, chosen)
+        found = self.lists[kind, group.second]
+        if "ref_nll" in needs(group) and "ref_nll" not in seconds(found[0])[0]:
+            found = self.lists[kind, group.second] = with_reference(found, group, self.how)
+        return found
+
+    def _answered(self, kind: str) -> list[Row]:
+        from dataloader import idk_rows
+
+        if (kind, None) not in self.lists:
+            texts = self.forget_texts if kind != "retain" else [self.retain_texts[i] for i in self.beside]
+            self.lists[kind, None] = self.tokenize(idk_rows(texts, self.seed) if kind == "idk" else texts)
+        return self.lists[kind, None]
+
+
+def kind_of(group: Method | Retain) -> str:
+    """Whose rows and answers its loss is of: `forget`, `idk` or `retain`."""
+    return group.answers if isinstance(group, Method) else "retain"
 
 
 def held_out_by_run(settings: GEffects) -> int | None:

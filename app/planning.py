@@ -86,7 +86,7 @@ def configuration(settings: Common, family: Family) -> Any:
 
 def work_of(settings: Common, family: Family) -> Work:
     """How the settings have the work done, on as many processes as are planned for."""
-    from app.building import needs
+    from app.building import compares
     from unlearn.models.plan import Work
 
     gpu, tokens = has_gpu(settings.plan_for), longest_row(settings)
@@ -110,7 +110,7 @@ def work_of(settings: Common, family: Family) -> Work:
     if isinstance(settings, Forget | GEffects):
         retain = settings.retain.name != "none"
         norms = settings.norms if isinstance(settings, GEffects) else settings.geffect.norms
-        work |= {"retain": retain, "reference": "ref_logits" in needs(settings.retain), "norms": norms}
+        work |= {"retain": retain, "reference": compares(settings.method, settings.retain), "norms": norms}
         work["offload"] = settings.geffect.offload
     return Work(**work)
 

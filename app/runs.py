@@ -15,6 +15,7 @@ from app.compose import compose, given
 from app.data import FILES, TEXTS, data_of, hash_text, unlearning_sets
 from app.families import PROMPT, Family, load_family
 from app.fields import flatten, marked
+from app.methods import RETAINED
 from app.places import IDK, find_path
 from app.settings import Common, Finetune, Forget, GEffects, Training
 from unlearn.io.files import locked, remove_whole, write_whole
@@ -47,7 +48,7 @@ def finetuned_folder(settings: Finetune, family: Family) -> Path:
 def run_folder(settings: Forget) -> Path:
     """An unlearning run's folder, <output_dir>/<family>/<method>_<lr>_<split>_<epochs>_<weight decay>_<hyper>..."""
     method, retain = settings.method, settings.retain
-    names = [method.get("run_name", method.name), *([retain.name] if retain.name not in ("none", method.name) else [])]
+    names = [method.get("run_name", method.name), *([] if retain.name == "none" or method.name in RETAINED else [retain.name])]
     hyper = "None" if settings.hyper_param is None else f"{settings.hyper_param:g}"
     data = split_name(settings, (settings.forget_data,))
     parts = ["_".join(names), float(settings.lr), data, f"{settings.num_epochs:g}", float(settings.weight_decay), hyper]
@@ -171,10 +172,10 @@ def original_of(settings: Forget | GEffects, family: Family) -> str:
 def made_of(settings: Forget | GEffects) -> MadeOf:
     """What tells an unlearning run's rows and its original model from others."""
     data = data_of(settings)
-    found = data.hashes(unlearning_sets(data, settings.split), texts_of(settings.method.second))
+    found = data.hashes(unlearning_sets(data, settings.split), texts_of(settings.method.second, settings.retain.second))
     if settings.retain_holdout is None and (first := data.benchmark.held_out.first_of) is not None:
         found |= data.hashes([first], texts=())  # its number of rows is what is held out
-    if "idk" in (settings.method.answers, settings.method.second):
+    if "idk" in (settings.method.answers, settings.method.second, settings.retain.second):
         found[IDK.stem] = hash_file(IDK)
     return {"data": found, "models": hash_models(settings, "model_path")}
 
@@ -197,9 +198,9 @@ def not_there(settings: Forget, steps: int) -> str:
     return f"; not there, or not whole: checkpoint-{', '.join(map(str, missing))}" if missing else ""
 
 
-def texts_of(second: str | None) -> tuple[str, ...]:
-    """What an unlearning run reads of its rows, `method.second` being the column of second answers, if it is one."""
-    return TEXTS if second in (None, "idk") else (*TEXTS, str(second))
+def texts_of(*second: str | None) -> tuple[str, ...]:
+    """What an unlearning run reads of its rows, `second` being the columns of second answers, where they are columns."""
+    return (*TEXTS, *dict.fromkeys(one for one in second if one not in (None, "idk")))
 
 
 def check_trained_on(run: Path | None, settings: Common, split: str) -> None:
@@ -210,7 +211,9 @@ def check_trained_on(run: Path | None, settings: Common, split: str) -> None:
     same = all(saved.get(key) == getattr(settings, key) for key in ("data_path", *FILES)) and saved.get("split") == split
     if same:
         data = data_of(settings)
-        now = data.hashes(unlearning_sets(data, split), texts_of(saved.get("method", {}).get("second")))
+        now = data.hashes(
+            unlearning_sets(data, split), texts_of(*(saved.get(group, {}).get("second") for group in ("method", "retain")))
+        )
         if changed := [data.place(name) for name, value in now.items() if noted.get(name, value) != value]:
             raise ValueError(f"{run} was trained on other data: {', '.join(changed)}: is not what it was; give save_dir=FOLDER")
 

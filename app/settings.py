@@ -107,11 +107,13 @@ class Open(Settings):
 class Method(Open):
     answers: Literal["forget", "idk"] = setting("forget", "whose answers carry the loss")
     second: str | None = setting(None, "the second answers, for an objective that needs them: idk, or a column of the rows")
+    refusal: str | None = setting(None, "a text, for an objective whose tokens answers are to become")
     objective: dict[str, Any]
 
 
 class Retain(Open):
     weight: NotNegative = setting(1, "of the retain term")
+    second: str | None = setting(None, "the second answers, for a term that needs them: idk, or a column of the rows")
     term: dict[str, Any] | None
 
 
@@ -147,7 +149,8 @@ class Benchmark(Settings):
     asked: dict[str, str] = setting({}, "the sets that tofu_evaluation.py asks, by what its tables call them")
 
 
-OF_OPEN: dict[str, Any] = {"layer": Whole, "beta": Positive}  # keys of open groups that have a range, by their last name
+Layers = Whole | Annotated[list[Whole], Field(min_length=1)] | None
+OF_OPEN: dict[str, Any] = {"layer": Layers, "beta": Positive}  # keys of open groups that have a range, by their last name
 
 
 # ---- commands ----

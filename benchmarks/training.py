@@ -90,7 +90,8 @@ def compare(cfg: Forget, family: Family, args: argparse.Namespace) -> dict[str, 
         how = how_to_train(cfg, family, steps, steps)
         how = replace(how, lr=0.0, warmup_steps=0, save_steps=steps + 1)
         with riding_along(race):
-            train(model, build_loss(cfg.method, cfg.retain, cfg.seed, model, None), batches, how, Path(str(cfg.save_dir)))
+            loss = build_loss(cfg.method, cfg.retain, cfg.seed, model, None, tokenizer)
+            train(model, loss, batches, how, Path(str(cfg.save_dir)))
 
     run_steps, _ = count_steps(cfg, len(rows))
     numbers = summary(race, step_tokens(batches, drawn, cfg.max_length, cfg.batch_size), reference_seconds / run_steps)

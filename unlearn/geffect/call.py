@@ -36,11 +36,11 @@ from unlearn.geffect.parts import RISKS
 from unlearn.geffect.tables import TableFolder, Tables
 from unlearn.geffect.target import Target, Wanted
 from unlearn.models.checkpoints import pad_id
-from unlearn.objectives.functions import Objective
 from unlearn.objectives.loss import Loss
-from unlearn.objectives.rows import Row, tokenize_pairs
+from unlearn.objectives.needs import Objective, needs_of, needs_reference
+from unlearn.objectives.rows import Row, seconds, tokenize_pairs
 from unlearn.objectives.tokens import IGNORE
-from unlearn.passes.forcing import Pass, check_fit, token_nlls
+from unlearn.passes.forcing import Pass, check_fit, with_ref_nll
 
 Rows = Sequence[Row] | Sequence[tuple[str, str]]
 
@@ -86,7 +86,8 @@ def meter_of(
 
     Args:
         forget: the rows to forget, D_u: (prompt, answer) texts, whose answers and an end-of-sequence token carry the loss, or
-            `input_ids` and `labels`, each (T,), not shifted, -100 where no loss is. A text that begins with the special tokens
+            `input_ids` and `labels`, each (T,), not shifted, -100 where no loss is, and where the objective needs one `second`,
+            such a second answer to the same question, or a list of them. A text that begins with the special tokens
             that the tokenizer puts in front (a chat template's does) does not get them again.
         retain: the rows to keep, D_r.
         objective: a function of `Tokens` and `Counts` as in `unlearn.objectives.functions`, or a `Loss` with a retain term.
@@ -106,18 +107,20 @@ def meter_of(
         for name, of in (("forget", forget), ("retain", retain), ("beside", beside))
     }
     for name, of in rows.items():
-        check_fit(model, of, [f"{name}[{i}]" for i in range(len(of))])
+        answers = [(f"{name}[{i}]", one) for i, row in enumerate(of) for one in (row, *seconds(row))]
+        check_fit(model, [one for _, one in answers], [place for place, _ in answers])
     loss = objective if isinstance(objective, Loss) else Loss(objective=objective)
-    if loss.retain is not None and loss.reference is None:
+    if loss.reference is None and needs_reference(loss.objective, loss.retain):
         loss = replace(loss, reference=reference)
     pad = pad_id(tokenizer)
-    target = rows["forget"]
+    target, beside = rows["forget"], rows["beside"]
     if reference is not None:
-        nlls = token_nlls(Pass(reference, pad, tokenizer.eos_token_id, bf16, batch_size), target, what="reference")
-        target = [row | {"ref_nll": nll} for row, nll in zip(target, nlls, strict=True)]
+        how = Pass(reference, pad, tokenizer.eos_token_id, bf16, batch_size)
+        target = with_ref_nll(how, target)
+        beside = with_ref_nll(how, beside) if "ref_nll" in needs_of(loss.retain) else beside
     return Meter(
         model=model,
-        target=Target(loss, target, rows["beside"]),
+        target=Target(loss, target, beside),
         risks=dict(zip(RISKS, (rows["forget"], rows["retain"]), strict=True)),
         pad=pad,
         wanted=wanted or Wanted(),
@@ -139,7 +142,10 @@ def _tokenized(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, specia
 def _with_tensors(name: str, row: Mapping[str, Any]) -> Row:
     if lacking := {"input_ids", "labels"} - row.keys():
         raise ValueError(f"{name}: needs input_ids and labels, and lacks {' and '.join(sorted(lacking))}")
-    found = {key: torch.as_tensor(value) for key, value in row.items()}
+    found: Row = {key: torch.as_tensor(value) for key, value in row.items() if key != "second"}
+    if "second" in row:
+        several = [_with_tensors(f"{name}, second answer", one) for one in seconds(dict(row))]
+        found["second"] = several if isinstance(row["second"], list) else several[0]
     ids, labels = found["input_ids"], found["labels"].clone()
     if ids.dim() != 1 or ids.shape != labels.shape:
         raise ValueError(

@@ -40,13 +40,13 @@ from unlearn.geffect.sites import Site, find_sites
 from unlearn.geffect.tables import Tables
 from unlearn.geffect.tangents import contract, token_tangents
 from unlearn.geffect.tap import Tap, narrowest
-from unlearn.geffect.target import Target, Wanted, passes_of
+from unlearn.geffect.target import Target, Wanted, passes_of, shared_references
 from unlearn.models import sharding
 from unlearn.models.evaluating import evaluating
 from unlearn.models.sharding import is_sharded
 from unlearn.objectives.functions import mean_nll
 from unlearn.objectives.loss import Loss
-from unlearn.objectives.rows import Row, collate, counts
+from unlearn.objectives.rows import Row, collate, counts, seconds
 from unlearn.objectives.tokens import IGNORE
 from unlearn.passes.batches import Batch, on, over_processes, progress, set_batches
 
@@ -91,7 +91,7 @@ class Meter:
                 "norms=false: with a model in shards the gradient is formed anyway; norms=true, or instances=false"
             )
         targets = (self.target, *self.sweep.values())
-        if any("second" in row for row in self.target.forget) and (self.wanted.tokens or self.wanted.positions):
+        if any(map(seconds, self.target.forget)) and (self.wanted.tokens or self.wanted.positions):
             raise ValueError("tokens and positions: not of an objective with second answers, which have tokens of their own")
         if any((t.loss.retain is not None) != bool(t.retain) for t in targets):
             raise ValueError("a retain term needs rows beside those to forget, and rows beside them a retain term")
@@ -250,7 +250,8 @@ class Meter:
         forget, retain = self.target.forget, self.target.retain
         tap = Tap(self.sites, self.directions, len(forget) + len(retain))
         if self.wanted.positions:
-            tap.count_positions(max(len(row["input_ids"]) for row in [*forget, *retain]))
+            answers = [*forget, *retain, *(second for row in retain for second in seconds(row))]
+            tap.count_positions(max(len(row["input_ids"]) for row in answers))
         sums = zeros(self.parameters) if self.wanted.norms else {}
         measured = self.parameters if self.wanted.norms else {}
         with self.trained(self.wanted.norms), evaluating(self.model), gradients_into(sums, measured):
@@ -282,15 +283,13 @@ class Meter:
 
         Targets on the same rows share the pass.
         """
-        for forget, retain, layer, group in passes_of(targets):
-            for batch in self._batches(forget, retain, what="forward mode"):
-                dual = token_tangents(self.model, self.parameters, self.directions, batch, layer)
-                references = {id(t.loss.reference): t.loss for t in (targets[i] for i in group) if t.loss.reference is not None}
-                logits = {key: loss.reference_logits(batch) for key, loss in references.items()} if retain else {}
-                for i in group:
-                    loss = targets[i].loss
-                    found = {"ref_logits": logits.get(id(loss.reference))} if retain else {}
-                    yield i, batch, dual.tokens.nll, contract(loss, dual, batch | found)
+        for shared in passes_of(targets):
+            losses = [targets[i].loss for i in shared.targets]
+            for batch in self._batches(shared.forget, shared.retain, what="forward mode"):
+                dual = token_tangents(self.model, self.parameters, self.directions, batch, shared.layers)
+                references = shared_references(losses, shared.part, batch)
+                for i, loss, reference in zip(shared.targets, losses, references, strict=True):
+                    yield i, batch, dual.tokens.nll, contract(loss, dual, batch | {"reference": reference})
 
     def swept(self, steps: pd.DataFrame | None = None) -> pd.DataFrame:
         """The totals of each target of the sweep; those of `target`, from the same passes, must be the ones in `steps`."""

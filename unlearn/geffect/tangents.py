@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unlearn.geffect.risks import Directions
 from unlearn.objectives.loss import Loss
-from unlearn.objectives.tokens import Tokens, label_positions, token_outputs
+from unlearn.objectives.tokens import Layer, Tokens, label_positions, layers_of, pick, token_outputs
 from unlearn.passes.batches import Batch
 
 Weights = dict[str, Tensor]
@@ -33,35 +33,50 @@ OUTPUTS = ("nll", "logits", "hidden")  # of `Tokens`, what the model's weights c
 
 @dataclass(frozen=True)
 class Dual:
-    """A batch's label tokens and the tangents of their outputs, (D, M, ...) each."""
+    """A batch's label tokens and the tangents of their outputs, (D, M, ...) each.
+
+    `hidden` is that of `layers`, (M, L, d), where there are any.
+    """
 
     tokens: Tokens
     tangents: dict[str, Tensor]
+    layers: tuple[int, ...] = ()
+
+    def at(self, layer: Layer) -> Dual:
+        """With the output of that layer alone, or of those, as a loss that looks at it has it."""
+        tangents = {name: x for name, x in self.tangents.items() if name != "hidden"}
+        if layer is None:
+            return Dual(replace(self.tokens, hidden=None), tangents)
+        return Dual(
+            replace(self.tokens, hidden=pick(self.tokens.hidden, self.layers, layer)),
+            tangents | {"hidden": pick(self.tangents["hidden"], self.layers, layer, dim=2)},
+        )
 
 
 class _Outputs(nn.Module):
     """The label tokens' outputs as a module's, so that its parameters can be replaced by dual numbers."""
 
-    def __init__(self, model: nn.Module, batch: Batch, layer: int | None) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, layers: tuple[int, ...]) -> None:
         super().__init__()
         self.model = model
-        self.batch, self.layer = batch, layer
+        self.batch, self.layers = batch, layers
 
     def forward(self) -> dict[str, Tensor]:
-        tokens = token_outputs(self.model, self.batch, self.layer)
+        tokens = token_outputs(self.model, self.batch, self.layers or None)
         found = {name: getattr(tokens, name) for name in OUTPUTS}
         return {name: value for name, value in found.items() if value is not None}
 
 
 @torch.no_grad()  # not inference_mode: tangents silently vanish there
 def token_tangents(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], directions: Directions, batch: Batch, layer: int | None = None
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], directions: Directions, batch: Batch, layer: Layer = None
 ) -> Dual:
     """Run the model on a batch, in its weights' precision, with the tangents along each direction.
 
     The directions share the pass's primal part (`vmap` over `jvp`), but where an operation can't: then each has its own.
     """
-    outputs = _Outputs(model, batch, layer)
+    layers = layers_of(layer)
+    outputs = _Outputs(model, batch, layers)
     weights = {f"model.{name}": p.detach() for name, p in parameters.items()}
     v = {name: directions[name.removeprefix("model.")].to(w) for name, w in weights.items()}
 
@@ -70,9 +85,10 @@ def token_tangents(
 
     with torch.autocast(batch["labels"].device.type, enabled=False):
         found, tangents = along_each(run, weights, v)
-    rows, width = batch["labels"].shape
-    tokens = Tokens(row=label_positions(batch["labels"]) // width, n_rows=rows, **found)
-    return Dual(tokens, tangents)
+    labels = batch["labels"]
+    at = label_positions(labels)
+    row, label = at // labels.shape[1], labels.flatten()[at + 1]
+    return Dual(Tokens(row=row, n_rows=len(labels), label=label, **found), tangents, layers)
 
 
 def along_each(f: Callable[[Weights], Any], w: Weights, v: Weights) -> tuple[Any, Any]:
@@ -139,6 +155,7 @@ def contract(loss: Loss, dual: Dual, batch: Mapping[str, Any]) -> Tensor:
 
     The share is what the token's own outputs contribute: w_t J_t for an objective that weighs token losses.
     """
+    dual = dual.at(loss.layer if set(layers_of(loss.layer)) <= set(dual.layers) else None)
     leaves = {name: getattr(dual.tokens, name).detach().requires_grad_() for name in dual.tangents}
     with torch.enable_grad():
         parts = loss.of_tokens(replace(dual.tokens, **leaves), batch)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unlearn.objectives.loss import Loss
+from unlearn.objectives.loss import Loss, Reference, reference_outputs
+from unlearn.objectives.needs import looks_at_layers
 from unlearn.objectives.rows import Row
+from unlearn.objectives.tokens import layers_of, pick
+from unlearn.passes.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,53 @@ class Wanted:
     tokens: bool = False
 
 
-def passes_of(targets: Sequence[Target]) -> list[tuple[Sequence[Row], Sequence[Row], int | None, list[int]]]:
-    """The passes that the targets need: rows to forget or rows to retain, the layer to record, and for which targets."""
-    layers: dict[int, list[int]] = {}
-    for target in targets:
-        layers.setdefault(id(target.forget), []).extend([target.loss.layer] if target.loss.layer is not None else [])
-    groups: dict[tuple[int, int | None], tuple[Sequence[Row], Sequence[Row], int | None, list[int]]] = {}
+@dataclass(frozen=True)
+class SharedPass:
+    """A pass over rows to forget or rows to retain that records the outputs of `layers`, for the targets of these numbers."""
+
+    forget: Sequence[Row]
+    retain: Sequence[Row]
+    layers: tuple[int, ...]
+    targets: list[int]
+
+    @property
+    def part(self) -> str:
+        return "objective" if self.forget else "retain"
+
+
+def passes_of(targets: Sequence[Target]) -> list[SharedPass]:
+    """The passes that the targets need: one over each set of rows, recording each layer that one of them looks at there."""
+    groups: dict[tuple[str, int], list[int]] = {}
     for i, target in enumerate(targets):
-        layer = target.loss.layer if target.loss.layer is not None else next(iter(layers[id(target.forget)]), None)
-        groups.setdefault((id(target.forget), layer), (target.forget, [], layer, []))[3].append(i)
+        groups.setdefault(("objective", id(target.forget)), []).append(i)
         if target.loss.retain is not None:
-            groups.setdefault((id(target.retain), None), ([], target.retain, None, []))[3].append(i)
-    return list(groups.values())
+            groups.setdefault(("retain", id(target.retain)), []).append(i)
+    found = []
+    for (part, _), group in groups.items():
+        losses = [targets[i].loss for i in group]
+        looking = [layers_of(loss.layer) for loss in losses if looks_at_layers(getattr(loss, part))]
+        layers = tuple(sorted({layer for one in looking for layer in one}))
+        first = targets[group[0]]
+        rows = (first.forget, []) if part == "objective" else ([], first.retain)
+        found.append(SharedPass(*rows, layers, group))
+    return found
+
+
+def shared_references(losses: Sequence[Loss], part: str, batch: Batch) -> list[Reference]:
+    """For each loss what its part needs of its reference model on a batch of that part's rows: one pass for each model."""
+    models = {id(loss.reference): loss.reference for loss in losses if loss.reference and loss.needs_of_reference(part)}
+    found: dict[int, tuple[Reference, tuple[int, ...]]] = {}
+    for key, model in models.items():
+        of = [loss for loss in losses if id(loss.reference) == key]
+        wanted = frozenset[str]().union(*(loss.needs_of_reference(part) for loss in of))
+        looking = [layers_of(loss.layer) for loss in of if "ref_hidden" in loss.needs_of_reference(part)]
+        layers = tuple(sorted({layer for one in looking for layer in one}))
+        found[key] = reference_outputs(model, batch, {part: wanted}, layers), layers
+    return [_of_loss(loss, part, *found.get(id(loss.reference), ({}, ()))) for loss in losses]
+
+
+def _of_loss(loss: Loss, part: str, outputs: Reference, layers: tuple[int, ...]) -> Reference:
+    found = {name: outputs[part][name] for name in loss.needs_of_reference(part) if part in outputs}
+    if "ref_hidden" in found:
+        found["ref_hidden"] = pick(found["ref_hidden"], layers, loss.layer)
+    return {part: found}

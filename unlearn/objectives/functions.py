@@ -1,51 +1,45 @@
-"""The unlearning objectives and the retain terms, one pure function each. All are minimised.
+"""The unlearning objectives that are functions of the label tokens' losses, one pure function each. All are minimised.
 
-Letters: for the label tokens t of the forget rows, l_t = -log p(y_t | y_<t, x; theta) in nats, p_t = exp(-l_t),
-o_t the same probability under the reference model, S_i the sum of l_t over row i, M the number of label tokens,
-[w] a weight through which no gradient flows.
+Letters, in the other files too: for the label tokens t of the forget rows, l_t = -log p(y_t | y_<t, x; theta) in nats,
+p_t = exp(-l_t), o_t the same probability under the reference model, S_i the sum of l_t over row i, T_i how many they are,
+M the number of label tokens, [w] a weight through which no gradient flows; ^r marks the reference, ' a second answer.
 
 Each takes the `Tokens` of any part of a step and the `Counts` of the whole step, and returns that part's share of the
-loss: shares add up over rows, micro-batches and processes. What it reads of `Tokens` beside `nll` and `row` it `needs`, and
-says so. A method is a function here and a YAML in `config/method/`.
+loss: shares add up over rows, micro-batches and processes. What it reads of `Tokens` beside `nll`, `row` and `label` it
+`needs`, and says so. A method is a function here and a YAML in `config/method/`. Two answers to one question are in
+`.answers`, whole distributions in `.vocabulary`, outputs of layers in `.layers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unlearn.objectives.layers import rmu
+from unlearn.objectives.needs import NEEDS, Objective, needed, needs, needs_of
 from unlearn.objectives.tokens import Counts, Tokens
+from unlearn.objectives.vocabulary import kl
 
-Objective = Callable[[Tokens, Counts], Tensor]
-NEEDS = ("logits", "hidden", "ref_nll", "ref_logits", "second")  # of `Tokens`
-
-
-def needs(*names: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Mark what an objective reads of `Tokens` beside `nll` and `row`; nothing else says so.
-
-    Raises:
-        ValueError: one is not of `NEEDS`.
-    """
-    if strange := set(names) - set(NEEDS):
-        raise ValueError(f"needs {', '.join(sorted(strange))}: an objective may need {', '.join(NEEDS)}")
-
-    def mark(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        objective.needs = frozenset(names)  # type: ignore[attr-defined]
-        return objective
-
-    return mark
-
-
-def needs_of(objective: Callable[..., Any] | None) -> frozenset[str]:
-    """What an objective, perhaps with hyper-parameters given, needs; nothing where it says nothing."""
-    while isinstance(objective, partial):
-        objective = objective.func
-    return getattr(objective, "needs", frozenset())
+__all__ = ["NEEDS", "Objective", "kl", "needs", "needs_of", "rmu"]  # what was here before it had files of its own
+__all__ += [
+    "ga",
+    "mean_nll",
+    "npo",
+    "reference_nll",
+    "satimp",
+    "simimp",
+    "simnpo",
+    "simsat",
+    "tnpo",
+    "weighted",
+    "wga",
+    "wtnpo",
+]
 
 
 def weighted(weight: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -90,6 +84,29 @@ def _closeness(tokens: Tokens, beta: float) -> Tensor:
     return torch.sigmoid(beta * (reference_nll(tokens) - tokens.nll))
 
 
+@weighted
+def satimp(tokens: Tokens, beta1: float, beta2: float) -> Tensor:
+    """Saturation and importance, w_t = p_t^beta1 (1 - p_t)^beta2. arXiv 2505.11953."""
+    return torch.exp(-beta1 * tokens.nll) * _rest(tokens) ** beta2
+
+
+@weighted
+def simsat(tokens: Tokens, beta: float) -> Tensor:
+    """Simple saturation, w_t = p_t^beta: what `wga` is, under its own name and default. arXiv 2505.11953."""
+    return torch.exp(-beta * tokens.nll)
+
+
+@weighted
+def simimp(tokens: Tokens, beta: float) -> Tensor:
+    """Simple importance, w_t = (1 - p_t)^beta. arXiv 2505.11953."""
+    return _rest(tokens) ** beta
+
+
+def _rest(tokens: Tokens) -> Tensor:
+    """1 - p_t, exact where p_t is near 1."""
+    return -torch.expm1(-tokens.nll)
+
+
 @needs("ref_nll")
 def npo(tokens: Tokens, counts: Counts, beta: float) -> Tensor:
     """Negative preference optimisation, -(2/beta) mean_i log sigmoid(beta (S_i - S_i^o)). arXiv 2404.05868, eq. 3."""
@@ -97,16 +114,12 @@ def npo(tokens: Tokens, counts: Counts, beta: float) -> Tensor:
     return -(2 / beta) * F.logsigmoid(beta * margin).sum() / counts.rows
 
 
-@needs("hidden")
-def rmu(tokens: Tokens, counts: Counts, c: float, normalize: bool = False) -> Tensor:
-    """Representation misdirection, mean_t mean_d (h_t - c u)^2 with h a layer's output. arXiv 2403.03218.
+def simnpo(tokens: Tokens, counts: Counts, beta: float, gamma: float) -> Tensor:
+    """NPO without a reference, -(2/beta) mean_i log sigmoid(beta (S_i / T_i - gamma)). arXiv 2410.07163.
 
-    The published G-effect code does not normalise u (the run's `noise`); `normalize` is the original RMU.
+    gamma stands inside beta, as in its code; in the paper it is this beta gamma.
     """
-    assert tokens.hidden is not None
-    assert tokens.noise is not None
-    u = tokens.noise / tokens.noise.norm() if normalize else tokens.noise
-    return (tokens.hidden - c * u).square().mean(dim=1).sum() / counts.tokens
+    return -(2 / beta) * F.logsigmoid(beta * (tokens.mean_rows(tokens.nll) - gamma)).sum() / counts.rows
 
 
 def mean_nll(tokens: Tokens, counts: Counts) -> Tensor:
@@ -114,17 +127,7 @@ def mean_nll(tokens: Tokens, counts: Counts) -> Tensor:
     return tokens.nll.sum() / counts.tokens
 
 
-@needs("logits", "ref_logits")
-def kl(tokens: Tokens, counts: Counts) -> Tensor:
-    """Mean over label positions of KL(reference || theta) over the vocabulary, in nats. arXiv 2401.06121."""
-    assert tokens.ref_logits is not None, "kl compares with the reference model: its Loss needs `reference`"
-    log_q = F.log_softmax(tokens.logits, dim=-1)
-    log_p = F.log_softmax(tokens.ref_logits, dim=-1)
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / counts.tokens
-
-
 def reference_nll(tokens: Tokens) -> Tensor:
     """(M,) nats under the reference model; an objective that calls this needs `ref_nll`."""
-    how = 'it says so by `@needs("ref_nll")`, the library\'s call has `reference=MODEL`'
-    assert tokens.ref_nll is not None, f"this objective compares with the reference model: {how}"
-    return tokens.ref_nll
+    found: Tensor = needed(tokens, "ref_nll")
+    return found

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from unlearn.objectives.tokens import IGNORE
 
-# input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference; `second`, such a row, where needed
+# input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference; `second`, such a row or a list of
+# such rows, where needed
 Row = dict[str, Any]
 
 
@@ -92,14 +93,31 @@ def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
     return padded | {"attention_mask": mask.long()}
 
 
+def seconds(row: Row) -> list[Row]:
+    """The row's second answers: none, one or several."""
+    found = row.get("second", [])
+    return found if isinstance(found, list) else [found]
+
+
+def visited(row: Row, visit: int) -> Row:
+    """The row as its `visit`-th visit trains on it: of several second answers one, in turn."""
+    several = row.get("second")
+    return row | {"second": several[visit % len(several)]} if isinstance(several, list) else row
+
+
 def forget_batch(rows: Sequence[Row], beside: Sequence[Row], pad: int) -> dict[str, Any]:
-    """A batch of rows to forget, of `beside`, and last the second answers of the first, where they have some; see `Loss`."""
-    second = [row["second"] for row in rows if "second" in row]
-    batch: dict[str, Any] = collate([*rows, *beside, *second], pad)
-    for of, key in ((rows, "ref_nll"), (second, "second_ref_nll")):
-        if of and "ref_nll" in of[0]:
-            batch[key] = torch.cat([row["ref_nll"] for row in of])
-    return batch | {"n_forget": len(rows), "n_second": len(second)}
+    """A batch of rows to forget, of `beside`, and last the second answers of either, where they have some; see `Loss`."""
+    kinds = {"": rows, "retain_": beside}
+    second = {kind: [other for row in of for other in seconds(row)] for kind, of in kinds.items()}
+    batch: dict[str, Any] = collate([*rows, *beside, *second[""], *second["retain_"]], pad)
+    for kind, of in kinds.items():
+        for ones, key in ((of, f"{kind}ref_nll"), (second[kind], f"{kind}second_ref_nll")):
+            if ones and "ref_nll" in ones[0]:
+                batch[key] = torch.cat([row["ref_nll"] for row in ones])
+        batch[f"n_{kind}second"] = len(second[kind])
+        if any(isinstance(row.get("second"), list) for row in of):
+            batch[f"{kind}second_of"] = torch.tensor([i for i, row in enumerate(of) for _ in seconds(row)])
+    return batch | {"n_forget": len(rows)}
 
 
 def counts(rows: Sequence[Row]) -> tuple[int, int]:

@@ -5,9 +5,10 @@ Letters: B rows, T positions, M label tokens of the batch (in row-major order), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from unlearn.models.evaluating import unwrap
 
 IGNORE = -100  # the label of a token that carries no loss
+Layer = int | Sequence[int] | None  # whose output is recorded: 0 the embeddings, the model's depth after its final norm
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Counts:
 
     tokens: int
     rows: int
+
+    def without(self, n: int) -> float:
+        """The label tokens without the first `n` of each row; of endless rows (`passes.batches.NO_WEIGHT`) endless ones."""
+        return self.tokens - n * self.rows if math.isfinite(self.tokens) else self.tokens
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,14 @@ class Tokens:
         nll: (M,) nats, l_t = -log p(y_t | y_<t, x; theta), float32 or wider.
         row: (M,) which of the `n_rows` rows each token belongs to.
         logits: (M, V), float32 or wider.
-        hidden: (M, d) output of the chosen layer at the position that predicts the token, or None.
+        hidden: (M, d) output of the chosen layer at the position that predicts the token, (M, L, d) of several, or None.
         ref_nll: (M,) nats, l_t under the reference model, or None.
         ref_logits: (M, V) of the reference model, or None.
+        ref_hidden: as `hidden`, of the reference model, or None.
         noise: (d,) the run's fixed random vector, uniform on [0, 1), or None.
-        second: the tokens of the same rows' second answers, or None.
+        refusal: (k,) token ids of the run's refusal, or None.
+        second: the tokens of the same rows' second answers, as many rows, or None.
+        label: (M,) the token ids y_t.
     """
 
     nll: Tensor
@@ -49,25 +58,44 @@ class Tokens:
     hidden: Tensor | None = None
     ref_nll: Tensor | None = None
     ref_logits: Tensor | None = None
+    ref_hidden: Tensor | None = None
     noise: Tensor | None = None
+    refusal: Tensor | None = None
     second: Tokens | None = None
+    label: Tensor | None = None
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """(M,) -> (n_rows,): the sum of `values` over each row's tokens."""
         return values.new_zeros(self.n_rows).index_add(0, self.row, values)
 
+    def mean_rows(self, values: Tensor) -> Tensor:
+        """(M,) -> (n_rows,): the mean of `values` over each row's tokens."""
+        return self.sum_rows(values) / self.row_lengths()
+
+    def row_lengths(self) -> Tensor:
+        """(n_rows,) how many label tokens each row has."""
+        return torch.bincount(self.row, minlength=self.n_rows)
+
+    def place(self) -> Tensor:
+        """(M,) how many label tokens of its row stand before each."""
+        return torch.arange(len(self.row), device=self.row.device) - torch.searchsorted(self.row, self.row)
+
     def split(self, n: int) -> tuple[Tokens, Tokens]:
         """The tokens of the first `n` rows, and those of the rest."""
         m = int((self.row < n).sum())
-        first = {f.name: _cut(getattr(self, f.name), slice(None, m)) for f in fields(self)}
-        rest = {f.name: _cut(getattr(self, f.name), slice(m, None)) for f in fields(self)}
-        rest["row"] = rest["row"] - n
-        whole = {"noise": self.noise}  # the run's, not a token's
-        return Tokens(**first | whole | {"n_rows": n}), Tokens(**rest | whole | {"n_rows": self.n_rows - n})
+        first, rest = self._at(slice(None, m)), self._at(slice(m, None))
+        return replace(first, n_rows=n), replace(rest, row=rest.row - n, n_rows=self.n_rows - n)
 
+    def take(self, rows: Tensor) -> Tokens:
+        """The tokens of those rows, (n,), in that order; a row may be there more than once."""
+        row, at = (rows.unsqueeze(1) == self.row).nonzero(as_tuple=True)
+        return replace(self._at(at), row=row, n_rows=len(rows))
 
-def _cut(value: Any, part: slice) -> Any:
-    return value[part] if isinstance(value, Tensor) else value
+    def _at(self, part: slice | Tensor) -> Tokens:
+        of_run = ("noise", "refusal")  # not a token's
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in of_run}
+        found: dict[str, Any] = {name: x[part] for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **found)
 
 
 def label_positions(labels: Tensor) -> Tensor:
@@ -114,37 +142,64 @@ def at_positions(hidden: Tensor, positions: Tensor, width: int) -> Tensor:
     return hidden[:, -width:].flatten(0, 1)[positions]
 
 
-def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: int | None = None) -> Tokens:
+def layers_of(layer: Layer) -> tuple[int, ...]:
+    """The numbers of one layer, of several, or of none."""
+    return () if layer is None else (layer,) if isinstance(layer, int) else tuple(layer)
+
+
+def pick(hidden: Tensor | None, layers: Sequence[int], layer: Layer, dim: int = 1) -> Tensor:
+    """Of the outputs of `layers`, stacked along `dim`, that of one, without `dim`, or those of several."""
+    assert hidden is not None
+    if isinstance(layer, int):
+        return hidden.select(dim, layers.index(layer))
+    return hidden.index_select(dim, torch.tensor([layers.index(one) for one in layers_of(layer)], device=hidden.device))
+
+
+def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: Layer = None) -> Tokens:
     """Run `model` on a padded batch and return its label tokens' numbers.
 
     Args:
         model: a causal LM of transformers, possibly wrapped by DistributedDataParallel.
         batch: `input_ids`, `attention_mask` and `labels`, each (B, T); labels not shifted, `IGNORE` where no loss is.
-        layer: also record the output of this layer: 0 the embeddings, the model's depth after the final norm.
+        layer: also record the output of this layer: 0 the embeddings, the model's depth after the final norm; or of several.
+
+    Raises:
+        ValueError: the model has no layer of that number.
+    """
+    labels = batch["labels"]
+    at = label_positions(labels)
+    logits, hidden = outputs_at(model, batch, at, layer)
+    label = labels.flatten()[at + 1]
+    nll = F.cross_entropy(logits, label, reduction="none")
+    return Tokens(nll, at // labels.shape[1], labels.shape[0], logits, hidden, label=label)
+
+
+def outputs_at(
+    model: nn.Module, batch: Mapping[str, Any], at: Tensor, layer: Layer = None, head: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (M, V) and the layer's (layers') outputs (M, d) or (M, L, d) at positions of a batch, indices (M,) into B * T.
+
+    Args:
+        head: false: no logits are formed, and those returned are (0, V).
 
     Raises:
         ValueError: the model has no layer of that number.
     """
     depth = unwrap(model).config.get_text_config().num_hidden_layers
-    if layer is not None and not 0 <= layer <= depth:
-        raise ValueError(f"layer {layer}: the model has layers 0 (its embeddings) to {depth} (after its final norm)")
-    labels = batch["labels"]
-    at = label_positions(labels)
-    with head_at(model, at, labels.shape[1]):
+    for number in layers_of(layer):
+        if not 0 <= number <= depth:
+            raise ValueError(f"layer {number}: the model has layers 0 (its embeddings) to {depth} (after its final norm)")
+    width = batch["labels"].shape[1]
+    with head_at(model, at if head else at[:0], width):
         out = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             use_cache=False,
             output_hidden_states=layer is not None,
         )
-    logits = widen(out.logits.squeeze(0))  # (M, V)
-    return Tokens(
-        nll=F.cross_entropy(logits, labels.flatten()[at + 1], reduction="none"),
-        row=at // labels.shape[1],
-        n_rows=labels.shape[0],
-        logits=logits,
-        hidden=None if layer is None else widen(at_positions(out.hidden_states[layer], at, labels.shape[1])),
-    )
+    found = [widen(at_positions(out.hidden_states[number], at, width)) for number in layers_of(layer)]
+    hidden = None if layer is None else found[0] if isinstance(layer, int) else torch.stack(found, 1)
+    return widen(out.logits.squeeze(0)), hidden
 
 
 def widen(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from unlearn.objectives.rows import Row, counts, forget_batch
+from unlearn.objectives.rows import Row, counts, forget_batch, seconds
 
 Batch = dict[str, Any]
 
@@ -42,8 +42,8 @@ def set_batches(
         for chunk, numbers in mine:
             of = [rows[i] for i in chunk]
             batch: Batch = forget_batch(of, [], pad) if to_forget else forget_batch([], of, pad)
-            of_rows = [first + i for i in chunk]
-            batch["index"] = torch.tensor(of_rows + of_rows[: batch["n_second"]])
+            others = [first + i for i in chunk for _ in seconds(rows[i])]
+            batch["index"] = torch.tensor([*(first + i for i in chunk), *others])
             batches.append(batch | numbers)
     return batches
 

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from unlearn.models.adapters import has_virtual_tokens
 from unlearn.models.evaluating import evaluating, unwrap
 from unlearn.models.sharding import is_sharded
-from unlearn.objectives.rows import Row, collate
+from unlearn.objectives.rows import Row, collate, seconds
 from unlearn.objectives.tokens import IGNORE, head_at, token_outputs, widen
 
 Prompt = tuple[int, ...]
@@ -186,6 +186,24 @@ def _check_padding(model: PreTrainedModel, row: Row) -> None:
 def token_nlls(how: Pass, rows: Sequence[Row], what: str = "losses") -> list[Tensor]:
     """For each row the nats of its label tokens, (label tokens,) on the CPU, under teacher forcing in eval mode."""
     return [torch.from_numpy(forced.nll) for forced in teacher_force(how, rows, what=what)]
+
+
+def with_ref_nll(how: Pass, rows: Sequence[Row], nlls: Sequence[Tensor] | None = None) -> list[Row]:
+    """The rows and their second answers with `ref_nll`, the nats of their label tokens under the pass's model.
+
+    Args:
+        nlls: of the rows' own answers, where they are known.
+    """
+    if nlls is None:
+        nlls = token_nlls(how, rows, what="reference")
+    several = [other for row in rows for other in seconds(row)]
+    of_second = iter(token_nlls(how, several, what="reference") if several else [])
+    found = []
+    for row, nll in zip(rows, nlls, strict=True):
+        others = [other | {"ref_nll": next(of_second)} for other in seconds(row)]
+        second = {"second": others if isinstance(row["second"], list) else others[0]} if others else {}
+        found.append(row | {"ref_nll": nll} | second)
+    return found
 
 
 def token_mean(nlls: Sequence[Tensor]) -> float:
