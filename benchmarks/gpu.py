@@ -37,13 +37,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_rows import FAMILIES, OF_THE_CARD, ROWS, SMALL, Bench, Numbers, Row
+from gpu_rows import FAMILIES, OF_THE_CARD, ROWS, SMALL, Bench, Numbers, Row, composed
 from measuring import matrix_speed, positive, refused
 from pages import gib, page, surroundings, table
 
 import utils
 from app.checks import shapes
-from app.compose import given
 from app.data import check_unlearning_data, data_of, unlearning_data
 from app.filling import with_family
 from unlearn.models.checkpoints import new_tokenizer
@@ -148,7 +147,8 @@ def notes(found: Mapping[str, Numbers]) -> Iterator[str]:
 
 def build(args: argparse.Namespace) -> Bench:
     """Raises ValueError where the data are not there."""
-    settings, _ = with_family(given("forget", [f"model_family={FAMILIES['7B']}", f"data_path={args.data}", "split=forget05"]))
+    chosen = {"model_family": FAMILIES["7B"], "data_path": args.data, "split": "forget05"}
+    settings, _ = with_family(composed("forget", "method=npo").model_copy(update=chosen))
     check_unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
     data = unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
     known = shapes()

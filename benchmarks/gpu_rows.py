@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -97,12 +98,14 @@ class Bench:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: the model's size, what is run of it, the command's settings, what was to be reached on an H200."""
+    """A row of the table: the model's size, what is run of it, the command's settings and groups, what was to be
+    reached on an H200."""
 
     text: str
     size: str
     run: Callable[[Bench, Row], Numbers]
-    words: tuple[str, ...] = ()
+    settings: dict[str, Any]
+    words: tuple[str, ...] = ("method=npo",)
     goal: str = ""
 
 
@@ -123,9 +126,10 @@ class Made:
 
 def make(bench: Bench, row: Row, command: str, others: Sequence[dict[str, Any]], n: int) -> Made:
     """What a row needs: `n` of the `others` beside the rows to forget, which compare with the model as it is here."""
-    words = [f"model_family={FAMILIES[row.size]}", f"data_path={bench.data_path}", "split=forget05", "dtype=bfloat16"]
-    asked = given(command, [*words, f"seed={bench.seed}", *row.words])
-    settings, family = with_family(asked if command == "forget" else of_run(asked, None))
+    chosen = {"model_family": FAMILIES[row.size], "data_path": bench.data_path, "split": "forget05", "dtype": "bfloat16"}
+    settings, family = with_family(
+        composed(command, *row.words).model_copy(update=chosen | {"seed": bench.seed} | row.settings)
+    )
     model = random_model(bench, family, command, getattr(torch, settings.weights))
     if command != "forget" and bench.checkpointing:
         enable_gradient_checkpointing(model)
@@ -136,6 +140,13 @@ def make(bench: Bench, row: Row, command: str, others: Sequence[dict[str, Any]],
     forget, made.others = found
     made.forget = with_reference(forget, settings.method, how)
     return made
+
+
+@cache
+def composed(command: str, *words: str) -> Any:
+    """A command's settings with what it has by itself where no run says otherwise, composed once for all rows."""
+    asked = given(command, list(words))
+    return asked if command == "forget" else of_run(asked, None)
 
 
 def random_model(bench: Bench, family: Family, command: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -283,15 +294,15 @@ def training(bench: Bench, row: Row) -> Numbers:
     made = make(bench, row, "forget", bench.data.retain, bench.held_out)
     settings, family, model = made.settings, made.family, made.model
     loss = build_loss(settings.method, settings.retain, settings.seed, model, None)
-    cut = cut_as_run(settings, family, model)
+    as_run = cut_as_run(settings, family, model)
     steps = 1 + bench.steps
-    batches = step_batches(cut, made.forget, made.others if settings.retain.term else [], steps, bench.tokenizer)
-    how = replace(how_to_train(cut, family, steps, steps), lr=0.0, warmup_steps=0, save_steps=steps + 1)
+    batches = step_batches(as_run, made.forget, made.others if settings.retain.term else [], steps, bench.tokenizer)
+    how = replace(how_to_train(as_run, family, steps, steps), lr=0.0, warmup_steps=0, save_steps=steps + 1)
     clock = Steps()
     reset_peak()
     with TemporaryDirectory() as folder:
         train(model, loss, batches, how, Path(folder), callbacks=[clock])
-    shape, work = planned(made, cut)
+    shape, work = planned(made, as_run)
     timed = [step_size(batches, k) for k in range(1, steps)]
     flops = sum(operations(shape, V, *size) for size in timed)
     speeds = [tokens / seconds for (tokens, _), seconds in zip(timed, clock.seconds[1:], strict=True)]
@@ -315,50 +326,32 @@ def step_size(batches: dataloader.StepBatches, step: int) -> tuple[int, int]:
 
 # ---- the rows ----
 
-HALF, FULL = "weights=bfloat16", "weights=float32"
-TRAINED_1B = ("method=npo", FULL)
+HALF, FULL = {"weights": "bfloat16"}, {"weights": "float32"}
+SWEEP = {"instances": False, "sweep": ["ga", "wga:2", "npo:0.05", "npo:0.5"]}
+
+
+def cut(batch_size: int, accumulated: int) -> dict[str, Any]:
+    return {"batch_size": batch_size, "gradient_accumulation_steps": accumulated}
+
 
 ROWS = {
-    "norms_7b": Row(
-        "7B, bfloat16 weights, layers x instances with norms", "7B", checkpoints, ("method=npo", HALF), "<= 6 s, 70 GiB"
-    ),
-    "tap_7b": Row("7B, the same without norms", "7B", checkpoints, ("method=npo", HALF, "norms=false"), "<= 5.5 s, 70 GiB"),
-    "plain_7b": Row(
-        "7B, totals by the plain way", "7B", checkpoints, ("method=npo", HALF, "instances=false"), "<= 5 s, 70 GiB"
-    ),
-    "norms_1b": Row("1B, float32 under autocast, with norms", "1B", checkpoints, ("method=npo", FULL), "<= 1.5 s"),
-    "sweep_1b": Row(
-        "1B, the same: V and a forward-mode sweep",
-        "1B",
-        sweep,
-        ("method=npo", FULL, "instances=false", "sweep=[ga,wga:2,npo:0.05,npo:0.5]"),
-    ),
-    "dots_7b": Row("7B, one set of inner products", "7B", dots, ("method=npo", HALF), "<= 0.1 s"),
+    "norms_7b": Row("7B, bfloat16 weights, layers x instances with norms", "7B", checkpoints, HALF, goal="<= 6 s, 70 GiB"),
+    "tap_7b": Row("7B, the same without norms", "7B", checkpoints, HALF | {"norms": False}, goal="<= 5.5 s, 70 GiB"),
+    "plain_7b": Row("7B, totals by the plain way", "7B", checkpoints, HALF | {"instances": False}, goal="<= 5 s, 70 GiB"),
+    "norms_1b": Row("1B, float32 under autocast, with norms", "1B", checkpoints, FULL, goal="<= 1.5 s"),
+    "sweep_1b": Row("1B, the same: V and a forward-mode sweep", "1B", sweep, FULL | SWEEP),
+    "dots_7b": Row("7B, one set of inner products", "7B", dots, HALF, goal="<= 0.1 s"),
     "train_7b": Row(
         "7B, bfloat16 weights, training npo + gd, 2 x 8 + 8 rows",
         "7B",
         training,
-        ("method=npo", "retain=gd", HALF, "batch_size=8", "gradient_accumulation_steps=2"),
+        HALF | cut(8, 2),
+        ("method=npo", "retain=gd"),
         ">= 8,000 tokens/s",
     ),
     "train_1b": Row(
-        "1B, float32 under autocast, training npo, 4 x 4 rows",
-        "1B",
-        training,
-        (*TRAINED_1B, "batch_size=4", "gradient_accumulation_steps=4"),
-        ">= 12,000 tokens/s",
+        "1B, float32 under autocast, training npo, 4 x 4 rows", "1B", training, FULL | cut(4, 4), goal=">= 12,000 tokens/s"
     ),
-    "train_1b_apart": Row(
-        "1B, the same with merge=false",
-        "1B",
-        training,
-        (*TRAINED_1B, "batch_size=4", "gradient_accumulation_steps=4", "merge=false"),
-    ),
-    "train_1b_whole": Row(
-        "1B, the same as 16 x 1 rows",
-        "1B",
-        training,
-        (*TRAINED_1B, "batch_size=16", "gradient_accumulation_steps=1"),
-        ">= 12,000 tokens/s",
-    ),
+    "train_1b_apart": Row("1B, the same with merge=false", "1B", training, FULL | cut(4, 4) | {"merge": False}),
+    "train_1b_whole": Row("1B, the same as 16 x 1 rows", "1B", training, FULL | cut(16, 1), goal=">= 12,000 tokens/s"),
 }
