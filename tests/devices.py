@@ -26,7 +26,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_
 def prepare(env: MutableMapping[str, str], cores: int) -> None:
     """Hide the GPUs from this process, and keep its threads, and its commands', from starving the other workers'."""
     env.setdefault(KEPT, env.get(VISIBLE, ALL))
-    env |= {VISIBLE: "", ASKING: "1"}
+    env.update({VISIBLE: "", ASKING: "1"})
     most = max(1, cores // int(env.get("PYTEST_XDIST_WORKER_COUNT", 1)))
     for name in THREADS:
         asked = env.get(name, "1")  # tiny models gain nothing by more
