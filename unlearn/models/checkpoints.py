@@ -172,12 +172,17 @@ def _supported(attention: str, config: PreTrainedConfig) -> str:
     return "eager" if attention == "sdpa" and not getattr(model, "_supports_sdpa", True) else attention
 
 
+def new_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer of at most `size` tokens, trained on `texts`."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, size, special_tokens=["<pad>", "<eos>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
 def new_model(path: str, texts: list[str], seed: int, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """A model of the config.json at `path` with random weights, and a byte-level BPE tokenizer trained on `texts`."""
     config = AutoConfig.from_pretrained(path)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, config.get_text_config().vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = new_tokenizer(texts, config.get_text_config().vocab_size)
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=_supported(attention(device), config))
