@@ -45,7 +45,7 @@ class Loss:
     dual: Dual | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the objective or the retain term looks at a layer, and none is given, or a dual variable is of no term."""
+        """Raises ValueError where the objective or the retain term looks at a layer and none is given, or dual has no term."""
         for name in PARTS:
             if self.layer is None and looks_at_layers(getattr(self, name)):
                 raise ValueError(f"the {name.replace('retain', 'retain term')} looks at a layer's output: give layer=N")
