@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from app.building import dual_of, rule_of
 from app.checks import check_rule
 from app.compose import given
-from app.measuring import logged_duals
+from app.measuring import at_step, logged_duals
 from app.runs import suffix
 from app.settings import Method
 from unlearn.models.vectors import inner
@@ -45,7 +45,7 @@ RULES: dict[str, Any] = {
     "sago": sago,
     "sago prefer_retain": partial(sago, prefer_retain=True),
 }
-CUTS = ["npo_kl+rule:gru", "npo_kl+rule:pcgrad+rule.by_tensor:true", "rmu_2_gd+rule:sago", "npo_kl+log_conflict:true"]
+CUTS = ["npo_gd+rule:gru", "npo_gd+rule:pcgrad+rule.by_tensor:true", "rmu_2_gd+rule:sago", "npo_gd+log_conflict:true"]
 COLUMNS = {"forget_retain", "forget_retain_cosine", "forget_norm", "retain_norm", "rule_removed", "rule_e_r"}
 Vectors = dict[str, Tensor]
 
@@ -253,7 +253,7 @@ def cuts(young: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     out = tmp_path_factory.mktemp("cuts")
     script, methods = ROOT / "tests" / "unlearn_five_steps.py", " ".join(CUTS)
     torchrun = "torchrun --nproc_per_node=2 --master_port=18775"
-    run_in(ROOT, f"python {script} {young} {out}/whole 8 1 ddp {methods} npo_kl")
+    run_in(ROOT, f"python {script} {young} {out}/whole 8 1 ddp {methods} npo_gd")
     run_in(ROOT, f"python {script} {young} {out}/accumulated 4 2 ddp {methods}")
     run_in(ROOT, f"{torchrun} {script} {young} {out}/processes 4 1 ddp {methods}")
     run_in(ROOT, f"{torchrun} {script} {young} {out}/shards 2 2 fsdp {methods}")
@@ -281,8 +281,8 @@ def test_a_rules_step_is_the_same_however_it_is_cut(cuts: dict[str, Path], metho
 
 
 def test_two_gradients_added_are_the_losss(cuts: dict[str, Path]) -> None:
-    assert farthest(cuts["whole"] / "npo_kl", cuts["whole"] / "npo_kl+log_conflict:true") < 1e-5
-    for line, plain in zip(*(lines_of(cuts["whole"] / name) for name in ("npo_kl+log_conflict:true", "npo_kl")), strict=True):
+    assert farthest(cuts["whole"] / "npo_gd", cuts["whole"] / "npo_gd+log_conflict:true") < 1e-5
+    for line, plain in zip(*(lines_of(cuts["whole"] / name) for name in ("npo_gd+log_conflict:true", "npo_gd")), strict=True):
         assert line["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
         assert not COLUMNS & plain.keys()
 
@@ -387,3 +387,15 @@ def test_a_dual_variable_from_its_yaml() -> None:
     with pytest.raises(ValueError, match="give a retain term"):
         Loss(ga, dual=Dual(1, 0, 1))
     assert callable(instantiate(given("forget", ["model_family=tiny"]).rule.combine))
+
+
+def test_a_checkpoint_is_measured_with_its_steps_dual_variable() -> None:
+    dual = Dual(100, 0.3, 5)
+    meter: Any = SimpleNamespace(target=SimpleNamespace(loss=loss_of(dual)))
+    for step, expected in ((0, 100), (2, 3.5), (1, 7.0)):
+        at_step(meter, step, {1: 7.0, 2: 3.5})
+        assert dual.value == expected
+    with pytest.raises(ValueError, match="^step 3: the run's log has no dual variable of that step$"):
+        at_step(meter, 3, {1: 7.0, 2: 3.5})
+    at_step(meter, 3, {})  # of no such run: as it is
+    assert dual.value == 7.0
