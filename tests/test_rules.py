@@ -349,7 +349,7 @@ def tokens_of(rows: int) -> Tokens:
 def test_the_loss_with_a_dual_variable() -> None:
     """forget + lambda (L_retain - eps), in shares that add up; only training's are noted."""
     dual = Dual(3.0, 0.5, 2.0, 1)
-    batch = {"n_forget": 1, "forget_counts": (2, 1), "retain_counts": (6, 3)}
+    batch = {"n_forget": 1, "forget_counts": (2, 1), "retain_counts": (6, 3), "labels": torch.zeros(3, 2)}
     tokens = tokens_of(3)
     with dual.watching():
         parts = loss_of(dual).of_tokens(tokens, batch)
