@@ -22,20 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearn.geffect.parts import RISKS, by_position, check_finite, instance_table, sums_of, token_rows, token_table
-from unlearn.geffect.risks import (
-    Directions,
-    Parts,
-    Vectors,
-    add_gradient,
-    dot,
-    each_gradient,
-    gradients_into,
-    put_back,
-    read_all,
-    trainable,
-    wide,
-    zeros,
-)
+from unlearn.geffect.risks import Directions, Parts, add_gradient, each_gradient, gradients_into, put_back, wide, zeros
 from unlearn.geffect.sites import Site, find_sites
 from unlearn.geffect.tables import Tables
 from unlearn.geffect.tangents import contract, token_tangents
@@ -44,6 +31,7 @@ from unlearn.geffect.target import Target, Wanted, passes_of, shared_references
 from unlearn.models import sharding
 from unlearn.models.evaluating import evaluating
 from unlearn.models.sharding import is_sharded
+from unlearn.models.vectors import Vectors, dot, read_all, trainable
 from unlearn.objectives.functions import mean_nll
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.rows import Row, collate, counts, seconds
