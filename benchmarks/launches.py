@@ -1,6 +1,6 @@
 """What a training step and a tapped batch ask of a device: operations launched, and how often the host waits for it.
 
-    python benchmarks/launches.py [--layers 16] [--small]
+    python benchmarks/launches.py [--layers 16]
 
 A Llama of random weights, many layers and small matrices, on the CPU: counts are those of any width. An operation that makes
 no view is one launch; `milliseconds` is all the time of one, which at this width is that of Python and of launching, the
@@ -10,19 +10,19 @@ best of `--rounds`. Copies to the device that wait are not seen on a CPU.
 from __future__ import annotations
 
 import argparse
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import measuring  # noqa: F401  (finds the package)
 import torch
+from measuring import now  # which finds the package, too
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from unlearn.geffect import meter
 from unlearn.geffect.meter import Meter, Target, Wanted
 from unlearn.geffect.tap import Tap
 from unlearn.models.evaluating import evaluating
@@ -56,8 +56,15 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def launches() -> Iterator[Launches]:
-    """The counts of what is done within; reading a tensor's numbers as a list, or on the CPU, is one wait."""
+    """The counts of what is done within; reading a tensor's numbers as a list, or on the CPU, is one wait.
+
+    Rows are put together to batches on the CPU, where nothing is waited for: that is not counted.
+    """
     found = Launches()
+
+    def batches(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return set_batches(*args, **kwargs)
 
     def counted(name: str) -> Any:
         real = getattr(Tensor, name)
@@ -68,7 +75,7 @@ def launches() -> Iterator[Launches]:
 
         return patch.object(Tensor, name, read)
 
-    with counted("tolist"), counted("cpu"), counted("numpy"), found:
+    with patch.object(meter, "set_batches", batches), counted("tolist"), counted("cpu"), counted("numpy"), found:
         yield found
 
 
@@ -84,10 +91,10 @@ def random_rows(n: int, vocabulary: int) -> list[Row]:
     return rows
 
 
-def llama(layers: int, dtype: torch.dtype) -> Any:
+def llama(layers: int, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 128}
-    config = LlamaConfig(**sizes, num_hidden_layers=layers, tie_word_embeddings=False, attn_implementation="sdpa")
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, tie_word_embeddings=False, attn_implementation=attention)
     return LlamaForCausalLM(config).to(dtype)
 
 
@@ -107,15 +114,15 @@ def cases(layers: int, weights: torch.dtype, bf16: bool) -> dict[str, Callable[[
         optimizer.zero_grad()
 
     risks = {"unlearn": rows, "retain": random_rows(16, 128)}
-    meter = Meter(model, Target(Loss(objective=ga), rows), risks, pad=0, wanted=Wanted(norms=False), bf16=bf16)
-    meter.measure()
-    tap = Tap(meter.sites, meter.directions, len(rows))
+    measuring = Meter(model, Target(Loss(objective=ga), rows), risks, pad=0, wanted=Wanted(norms=False), bf16=bf16)
+    measuring.measure()
+    tap = Tap(measuring.sites, measuring.directions, len(rows))
 
     def tapped() -> None:
-        with meter.trained(False), evaluating(model):
-            meter._backward(tap, forget)
+        with measuring.trained(False), evaluating(model):
+            measuring._backward(tap, forget)
 
-    return {"training step, 2 micro-batches": step, "tapped batch": tapped, "measurement, 1 batch a set": meter.measure}
+    return {"training step, 2 micro-batches": step, "tapped batch": tapped, "measurement, 1 batch a set": measuring.measure}
 
 
 def count(do: Callable[[], Any], rounds: int) -> tuple[Launches, float]:
@@ -125,9 +132,9 @@ def count(do: Callable[[], Any], rounds: int) -> tuple[Launches, float]:
         do()
     seconds = []
     for _ in range(rounds):
-        began = time.perf_counter()
+        began = now()
         do()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(now() - began)
     return found, min(seconds)
 
 
