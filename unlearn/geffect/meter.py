@@ -22,7 +22,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unlearn.geffect.parts import RISKS, by_position, check_finite, instance_table, sums_of, token_rows, token_table
-from unlearn.geffect.risks import Directions, Parts, add_gradient, each_gradient, gradients_into, put_back, wide, zeros
+from unlearn.geffect.risks import (
+    Directions,
+    Parts,
+    add_gradient,
+    each_gradient,
+    gradients_into,
+    put_back,
+    summed,
+    wide,
+)
 from unlearn.geffect.sites import Site, find_sites
 from unlearn.geffect.tables import Tables
 from unlearn.geffect.tangents import contract, token_tangents
@@ -31,7 +40,7 @@ from unlearn.geffect.target import Target, Wanted, passes_of, shared_references
 from unlearn.models import sharding
 from unlearn.models.evaluating import evaluating
 from unlearn.models.sharding import is_sharded
-from unlearn.models.vectors import Vectors, dot, read_all, trainable
+from unlearn.models.vectors import Vectors, dot, dots, read_all, squares, trainable
 from unlearn.objectives.functions import mean_nll
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.rows import Row, collate, counts, seconds
@@ -185,18 +194,22 @@ class Meter:
         if not self.directions:
             of = self.parameters.items()
             self.directions = {name: sharding.zeros(p, (len(RISKS),), p.dtype, self.offload) for name, p in of}
-        values = {}
-        for d, risk in enumerate(RISKS):
-            stacked = {name: v[d] for name, v in self.directions.items()}
-            accumulates = not self.offload and all(v.dtype == wide(v.dtype) for v in stacked.values())  # half precision can't
-            sums = stacked if accumulates else zeros(self.parameters)
-            for v in sums.values():
+        return {risk: self._risk_gradient(d, risk) for d, risk in enumerate(RISKS)}
+
+    def _risk_gradient(self, d: int, risk: str) -> float:
+        """Fill the d-th direction; the sum that it is made in, of half-precision or offloaded weights, is gone after."""
+        into = {name: v[d] for name, v in self.directions.items()}
+        batches = self._batches(self.risks[risk], what=f"gradient of the {risk} risk")
+        found = (self.model, self.parameters, RISK, batches, self.bf16)
+        if not self.offload and all(v.dtype == wide(v.dtype) for v in into.values()):
+            for v in into.values():
                 v.zero_()
-            batches = self._batches(self.risks[risk], what=f"gradient of the {risk} risk")
-            values[risk] = add_gradient(self.model, self.parameters, RISK, batches, self.bf16, sums)["objective"]
-            for name, v in {} if accumulates else stacked.items():
+            return add_gradient(*found, into)["objective"]
+        with summed(self.parameters) as sums:
+            value = add_gradient(*found, sums)["objective"]
+            for name, v in into.items():
                 v.copy_(sums[name])
-        return values
+        return value
 
     def _precision(self) -> torch.dtype:
         """The least that a gradient passes; transformers' norms and softmax drop to float32 inside a float64 model."""
@@ -216,16 +229,16 @@ class Meter:
         sums = torch.zeros((3, len(RISKS)), dtype=torch.float64, device=self.model.device)  # with V, and both squared
 
         def take(name: str, gradient: Tensor) -> None:
-            for d, v in enumerate(self.directions[name]):
-                sums[:, d] += torch.stack([dot(gradient, v), dot(gradient, gradient), dot(v, v).to(sums.device)])
+            v, own = self.directions[name], dot(gradient, gradient)
+            sums.add_(torch.stack([dots(gradient, v), own.expand(len(v)), squares(v, sums.device)]))
 
         for batch in set_batches(self.target.forget[:1], [], 1, self.pad, equally_many=self.sharded):
             tap = Tap(self.sites, self.directions, 1)
             with evaluating(self.model), each_gradient(self.parameters, take):
                 self._backward(tap, on(batch, self.model.device))
-            dots, *norms = sums.tolist()
+            products, *norms = sums.tolist()
             scale = [math.sqrt(g * v) for g, v in zip(*norms, strict=True)]
-            self._check_tap(tap.effects.sum((0, 1)).tolist(), dots, scale)
+            self._check_tap(tap.effects.sum((0, 1)).tolist(), products, scale)
 
     def _backward(self, tap: Tap, batch: Batch) -> None:
         with tap.batch(batch):
@@ -240,18 +253,18 @@ class Meter:
         if self.wanted.positions:
             answers = [*forget, *retain, *(second for row in retain for second in seconds(row))]
             tap.count_positions(max(len(row["input_ids"]) for row in answers))
-        sums = zeros(self.parameters) if self.wanted.norms else {}
-        measured = self.parameters if self.wanted.norms else {}
-        with self.trained(self.wanted.norms), evaluating(self.model), gradients_into(sums, measured):
-            for batch in self._batches(forget, retain, what="G-effects"):
-                self._backward(tap, batch)
-        over_processes([*tap.tables(), *sums.values()])
-        by_instance = tap.effects.sum(1)  # (rows, D)
-        totals = by_instance.sum(0).tolist()
-        tables = {"steps": self._steps(totals, sums)}
-        if sums:
-            scale = list(tables["steps"]["objective_norm"] * tables["steps"]["risk_norm"])
-            self._check_tap(totals, sums_of(self._dots(sums)), scale)
+        with summed(self.parameters if self.wanted.norms else {}) as sums:
+            measured = self.parameters if self.wanted.norms else {}
+            with self.trained(self.wanted.norms), evaluating(self.model), gradients_into(sums, measured):
+                for batch in self._batches(forget, retain, what="G-effects"):
+                    self._backward(tap, batch)
+            over_processes([*tap.tables(), *sums.values()])
+            by_instance = tap.effects.sum(1)  # (rows, D)
+            totals = by_instance.sum(0).tolist()
+            tables = {"steps": self._steps(totals, sums)}
+            if sums:
+                scale = list(tables["steps"]["objective_norm"] * tables["steps"]["risk_norm"])
+                self._check_tap(totals, sums_of(self._dots(sums)), scale)
         tables["layers"] = self._by_site(tap.effects.sum(0).tolist())
         tables["instances"] = instance_table(by_instance, len(forget))
         if tap.positions is not None:
@@ -260,11 +273,11 @@ class Meter:
 
     def plain(self) -> Tables:
         """Totals and layers by a dot product for each tensor; the uses of tied weights are not told apart."""
-        sums = zeros(self.parameters)
-        batches = self._batches(self.target.forget, self.target.retain, what="G-effects")
-        add_gradient(self.model, self.parameters, self.target.loss, batches, self.bf16, sums)
-        dots = self._dots(sums)
-        return {"steps": self._steps(sums_of(dots), sums), "layers": self._by_module(dots, "geffect")}
+        with summed(self.parameters) as sums:
+            batches = self._batches(self.target.forget, self.target.retain, what="G-effects")
+            add_gradient(self.model, self.parameters, self.target.loss, batches, self.bf16, sums)
+            products = self._dots(sums)
+            return {"steps": self._steps(sums_of(products), sums), "layers": self._by_module(products, "geffect")}
 
     def _shares(self, targets: Sequence[Target]) -> Iterator[tuple[int, Batch, Tensor, Tensor]]:
         """For each target and batch of it: the target's number, the batch, the tokens' losses (M,), their shares (D, M).
@@ -311,8 +324,7 @@ class Meter:
 
     def _dots(self, vectors: Mapping[str, Tensor]) -> dict[str, list[float]]:
         """For each parameter its inner product with each V."""
-        numbers = [dot(x, self.directions[name][d]) for name, x in vectors.items() for d in range(len(RISKS))]
-        found = iter(self._over_shards(read_all(numbers)))
+        found = iter(self._over_shards(read_all([dots(x, self.directions[name]) for name, x in vectors.items()])))
         return {name: [next(found) for _ in RISKS] for name in vectors}
 
     def _over_shards(self, numbers: Sequence[float]) -> list[float]:
@@ -325,11 +337,10 @@ class Meter:
 
     def _steps(self, totals: list[float], gradient: Vectors) -> pd.DataFrame:
         check_finite(totals)
-        of_v = read_all([dot(v[d], v[d]).to(self.model.device) for d in range(len(RISKS)) for v in self.directions.values()])
-        n = len(self.directions)
-        squares = [math.fsum(of_v[d * n : (d + 1) * n]) for d in range(len(RISKS))]
-        squares.append(math.fsum(read_all([dot(g, g) for g in gradient.values()])) if gradient else math.nan)
-        *risk_norms, norm = map(math.sqrt, self._over_shards(squares))
+        of_v = read_all([squares(v, self.model.device) for v in self.directions.values()])
+        of_risks = [math.fsum(of_v[d :: len(RISKS)]) for d in range(len(RISKS))]
+        own = math.fsum(read_all([dot(g, g) for g in gradient.values()])) if gradient else math.nan
+        *risk_norms, norm = map(math.sqrt, self._over_shards([*of_risks, own]))
         cosines = [e / (norm * r) if norm * r else math.nan for e, r in zip(totals, risk_norms, strict=True)]
         columns = {"risk": RISKS, "geffect": totals, "cosine": cosines, "objective_norm": norm, "risk_norm": risk_norms}
         return pd.DataFrame(columns)

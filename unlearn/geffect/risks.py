@@ -44,6 +44,16 @@ def zeros(parameters: Mapping[str, Tensor], n: int | None = None) -> Vectors:
 
 
 @contextmanager
+def summed(parameters: Mapping[str, Tensor]) -> Iterator[Vectors]:
+    """A zero vector to accumulate in, gone when left whoever still has its name: two of a large model do not fit beside it."""
+    sums = zeros(parameters)
+    try:
+        yield sums
+    finally:
+        sums.clear()
+
+
+@contextmanager
 def each_gradient(parameters: Mapping[str, nn.Parameter], take: Callable[[str, Tensor], Any]) -> Iterator[None]:
     """While entered, `take(name, gradient)` gets what a backward pass leaves in `.grad`; `.grad` is as it was after."""
     before = {name: p.grad for name, p in parameters.items()}

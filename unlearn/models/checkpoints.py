@@ -106,7 +106,8 @@ def load_model(
         raise ValueError(f"{path}: its {', '.join(other[:3])} is of another shape than its config.json says")
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path}: its files lack {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}")
-    if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+    finite = torch.stack([weight.isfinite().all() for weight in model.parameters()]).tolist()  # where they are, asked once
+    if broken := [name for (name, _), whole in zip(model.named_parameters(), finite, strict=True) if not whole]:
         raise ValueError(f"{path}: its weights are not finite: {', '.join(broken[:3])}{' and more' if len(broken) > 3 else ''}")
     return model.to(device)  # type: ignore[arg-type]
 

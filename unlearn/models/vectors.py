@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,42 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """The inner product of two tensors of one shape (of their shards here), formed and summed in float64; () on a's device."""
-    x, y = (local(z.detach()).flatten() for z in (a, b))
-    size = CHUNK if x.device.type == "cpu" else CHUNK_OF_A_GPU
-    pieces = zip(x.split(size), y.split(size), strict=True)
-    return sum((m.double() @ n.to(x.device).double() for m, n in pieces), torch.zeros((), dtype=torch.float64, device=x.device))
+    return dots(local(a), local(b).unsqueeze(0))[0]
+
+
+def dots(x: Tensor, v: Tensor) -> Tensor:
+    """The inner products of a tensor with the D stacked in v (D, *shape), as `dot`; (D,) float64 on x's device."""
+    x, v = local(x.detach()).flatten(), local(v.detach()).flatten(1)
+    size = _chunk(x.device)
+    return _sum(_against(piece.double(), rows) for piece, rows in zip(x.split(size), v.split(size, 1), strict=True))
+
+
+def squares(v: Tensor, device: torch.device) -> Tensor:
+    """The inner products of the D tensors stacked in v with themselves, formed on the device; (D,) float64 there."""
+    pieces = local(v.detach()).flatten(1).split(_chunk(device), 1)
+    return _sum(torch.stack([x @ x for x in _widened(rows, device)]) for rows in pieces)
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)
+
+
+def _against(x: Tensor, rows: Tensor) -> Tensor:
+    return torch.stack([row @ x for row in _widened(rows, x.device)])
+
+
+def _chunk(device: torch.device) -> int:
+    return CHUNK if device.type == "cpu" else CHUNK_OF_A_GPU
+
+
+def _widened(rows: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """Rows in float64 on the device, one after the other; from memory that is pinned nothing waits for the copy."""
+    return (row.to(device, non_blocking=True).double() for row in rows)
 
 
 def read_all(numbers: Sequence[Tensor]) -> list[float]:
-    """Their values, by one synchronisation with their device."""
-    return torch.stack(list(numbers)).tolist() if numbers else []
+    """Their values, one after the other, by one synchronisation with their device."""
+    return torch.cat([x.flatten() for x in numbers]).tolist() if numbers else []
 
 
 def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, float]:

@@ -60,15 +60,17 @@ class Loss:
         `labels` (B, T); `n_forget`; the step's `forget_counts` and `retain_counts`; where needed `ref_nll` (M,) of the forget
         rows, and likewise `second_ref_nll`, `retain_ref_nll`, `retain_second_ref_nll`; and where rows have other than one
         second answer each, `second_of` and `retain_second_of`, which row (of their kind) each is of, in order.
+        It may know its label tokens: `at`, and `n_tokens` of forget rows, retain rows and the former's second answers.
         """
         return self.of_tokens(token_outputs(model, batch, self.layer), batch)
 
     def of_tokens(self, tokens: Tokens, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The same from the batch's label tokens. A part without rows is left out."""
         n_forget, n_retain, n_second, _ = row_counts(batch)
-        forget, others = tokens.split(n_forget)
-        retain, others = others.split(n_retain)
-        second, beside = others.split(n_second)
+        of_forget, of_retain, of_second = batch.get("n_tokens", (None, None, None))
+        forget, others = tokens.split(n_forget, of_forget)
+        retain, others = others.split(n_retain, of_retain)
+        second, beside = others.split(n_second, of_second)
         known = batch["reference"] if "reference" in batch else self.reference_outputs(batch)
         parts = {}
         if n_forget:

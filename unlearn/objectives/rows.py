@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unlearn.objectives.tokens import IGNORE
+from unlearn.objectives.tokens import IGNORE, label_positions
 
 # input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference; `second`, such a row or a list of
 # such rows, where needed
@@ -117,6 +117,11 @@ def forget_batch(rows: Sequence[Row], beside: Sequence[Row], pad: int) -> dict[s
         batch[f"n_{kind}second"] = len(second[kind])
         if any(isinstance(row.get("second"), list) for row in of):
             batch[f"{kind}second_of"] = torch.tensor([i for i, row in enumerate(of) for _ in seconds(row)])
+    batch["at"] = label_positions(batch["labels"])  # here, on the CPU: where the batch goes it would be waited for
+    row, ends = batch["at"] // batch["labels"].shape[1], [0, len(rows), len(rows) + len(beside)]
+    ends.append(ends[-1] + len(second[""]))
+    before = [int((row < end).sum()) for end in ends]
+    batch["n_tokens"] = tuple(b - a for a, b in zip(before, before[1:], strict=False))
     return batch | {"n_forget": len(rows)}
 
 

@@ -126,7 +126,9 @@ class StepTrainer(Trainer):
             FloatingPointError: loss or gradient is not finite; nothing of the step is saved yet.
         """
         if "loss" in logs:
-            sums = {name: value.item() for name, value in self.accelerator.reduce(self._sums, reduction="sum").items()}
+            reduced = self.accelerator.reduce(self._sums, reduction="sum")
+            values = torch.stack([value.double() for value in reduced.values()]).tolist()  # waited for once
+            sums = dict(zip(reduced, values, strict=True))
             speed = sums.pop("tokens") / (time.perf_counter() - self._began)
             logs |= sums | self._compared | ({} if self.loss.dual is None else {"dual": self.loss.dual.value})
             logs |= {"tokens_per_second": round(speed, 1), "peak_memory_gib": round(peak_memory() / 2**30, 3)}
