@@ -198,11 +198,11 @@ class Timed(Meter):
 def meter(bench: Bench, made: Made) -> Timed:
     """Of the row's settings, as compute_geffect.py makes it."""
     settings = made.settings
-    target = Target(build_loss(settings.method, settings.retain, bench.seed, made.model, None), made.forget)
+    target = Target(build_loss(settings.method, settings.retain, bench.seed, made.model, None, bench.tokenizer), made.forget)
     risks = dict(zip(RISKS, (made.forget, made.others), strict=True))
     wanted = Wanted(settings.instances, settings.norms)
     sweep = {
-        name: Target(build_loss(method, retain, bench.seed, made.model, None), made.forget)
+        name: Target(build_loss(method, retain, bench.seed, made.model, None, bench.tokenizer), made.forget)
         for name, (method, retain) in parse_sweep(settings).items()
     }
     return Timed(made.model, target, risks, made.how.pad, wanted, sweep, bf16=True, **bench.measured_in_batches())
@@ -293,7 +293,7 @@ def training(bench: Bench, row: Row) -> Numbers:
     """Tokens a second of forget.py's training, cut into micro-batches as it is there; the learning rate is 0."""
     made = make(bench, row, "forget", bench.data.retain, bench.held_out)
     settings, family, model = made.settings, made.family, made.model
-    loss = build_loss(settings.method, settings.retain, settings.seed, model, None)
+    loss = build_loss(settings.method, settings.retain, settings.seed, model, None, bench.tokenizer)
     as_run = cut_as_run(settings, family, model)
     steps = 1 + bench.steps
     batches = step_batches(as_run, made.forget, made.others if settings.retain.term else [], steps, bench.tokenizer)
