@@ -42,7 +42,7 @@ def prepare(settings: GEffects) -> tuple[GEffects, Family]:
     settings, family = with_family(of_run(settings, run))
     check_unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
     settings = settings.model_copy(update={"model_path": original_of(settings, family)})
-    check_gradient(settings.method, "method")
+    check_gradient(settings.method, "method", "give method=METHOD")
     check_layer(settings.model_path, layer_of(settings.method, settings.retain))
     check_trainable(settings.trainable, settings.model_path, settings.LoRA)
     check_wanted(settings)

@@ -201,10 +201,10 @@ def check_method(settings: Forget) -> None:
             )
 
 
-def check_gradient(method: Method, key: str) -> None:
-    """Raises ValueError where the method's objective is trained at other weights than it unlearns."""
+def check_gradient(method: Method, key: str, instead: str) -> None:
+    """Raises ValueError where the method's objective is trained at other weights than the unlearned ones."""
     if method.negate is not None:
-        raise ValueError(f"{key}={method.name}: it has no gradient at the unlearned weights; give {key}=...")
+        raise ValueError(f"{key}={method.name}: it has no gradient at the unlearned weights; {instead}")
 
 
 def shapes() -> dict[str, Any]:
