@@ -80,7 +80,7 @@ def check_open(name: str, found: dict[str, Any]) -> None:
     hyper = [f"method={found['name']}"] if name == "retain" and found["name"] in RETAINED else []
     of_file = flatten(group(name, str(found["name"]), *hyper))
     for key, value in flatten(found).items():
-        if key not in of_file and key in (Method if name == "method" else Retain).model_fields:
+        if key in (Method if name == "method" else Retain).model_fields:
             continue  # it has its own check
         if key not in of_file:
             parent = key.rpartition(".")[0]
