@@ -172,7 +172,7 @@ def size_of(rows: Sequence[Tokenized]) -> tuple[int, int]:
 
 def operations(shape: plan.Shape, each: float, tokens: int, labels: int) -> float:
     """FLOP of `each` a weight and token; the head sees the labels' positions only. Attention's own are left out."""
-    return each * (tokens * sum(a * b for a, b in shape.linear) + labels * shape.vocabulary * shape.hidden)
+    return each * (tokens * sum(a * b for a, b in shape.linear.values()) + labels * shape.vocabulary * shape.hidden)
 
 
 def planned(made: Made, settings: Common, checkpointing: bool | None = None) -> tuple[plan.Shape, plan.Work]:
