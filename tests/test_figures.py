@@ -21,7 +21,7 @@ from unlearn.reporting.token_figure import visible, wrap
 
 BLOCKS, ROWS, STEPS = 3, 6, (0, 5, 10, 15)
 WORDS = [" The", " author", "\n", "  ", " $x^", "é", " 北京", "\x00", "\ufffd", "a_{1", " مر", " 🙂"]
-ALL = ["steps", "layers", "updates", "instances", "tokens", "prediction", "sweep"]
+ALL = ["steps", "layers", "updates", "instances", "tokens", "prediction", "sweep", "objectives", "objectives_steps"]
 
 
 def frame(columns: str, lines: list[tuple[object, ...]]) -> pd.DataFrame:
@@ -281,6 +281,33 @@ def test_prediction_and_measurement_are_the_table(folder: Path, drawn: dict[str,
         np.testing.assert_array_equal(data(below.lines[0], "x"), data(below.lines[0], "y"))  # the diagonal
 
 
+def test_every_objective_is_a_point_with_its_name(drawn: dict[str, Figure], folder: Path) -> None:
+    [axes] = drawn["objectives"].axes
+    last = pd.read_csv(folder / "sweep.csv").query("step == step.max()")
+    points = {(x, y) for line in axes.lines if line.get_marker() not in ("", "None") for x, y in line.get_xydata()}
+    of_risk = (last[last["risk"] == risk].sort_values(["method", "hyper_param"])["geffect"] for risk in ("unlearn", "retain"))
+    assert points == set(zip(*of_risk, strict=True))
+    assert {text.get_text() for text in axes.texts} == {"wga 5", "wga 1", "npo 0.5", "idk"}
+    for text in axes.texts:
+        method, _, number = text.get_text().partition(" ")
+        row = last[
+            (last["method"] == method) & (last["hyper_param"].eq(float(number)) if number else last["hyper_param"].isna())
+        ]
+        assert text.xy == tuple(row.set_index("risk").loc[["unlearn", "retain"], "geffect"])
+    upper = axes.patches[0]  # the quarter in which the unlearn risk rises and the retain risk does not
+    assert upper.get_x() <= 0
+    assert (upper.get_x() + upper.get_width(), upper.get_y()) == (0, 0)
+    assert upper.get_height() >= 0
+
+
+def test_objectives_over_the_steps(drawn: dict[str, Figure], folder: Path) -> None:
+    table = pd.read_csv(folder / "sweep.csv")
+    for axes, risk in zip(drawn["objectives_steps"].axes, ("unlearn", "retain"), strict=True):
+        shown = [line.get_xydata() for line in axes.lines if line.get_marker() not in ("", "None")]
+        assert sum(map(len, shown)) == len(table[table["risk"] == risk])
+        assert {text.get_text() for text in axes.texts} == {"wga 5", "wga 1", "npo 0.5", "idk"}
+
+
 def test_a_sweep_is_a_line_a_method(drawn: dict[str, Figure]) -> None:
     lines = {str(line.get_label()): line for line in drawn["sweep"].axes[0].lines}
     assert list(data(lines["wga"], "x")) == [1, 5]
@@ -337,8 +364,13 @@ def changed(tables: dict[str, pd.DataFrame], value: float, every: int = 1) -> di
     return out
 
 
+OF_BOTH_RISKS = ("instances", "objectives", "objectives_steps")
+
+
 def has_table(name: str, tables: dict[str, pd.DataFrame]) -> bool:
-    return bool({f"{name}.csv", f"{name}.parquet"} & set(tables))
+    file = "sweep" if name.startswith("objectives") else name
+    there = {f"{file}.csv", f"{file}.parquet"} & set(tables)
+    return bool(there) and (name != "objectives_steps" or tables["sweep.csv"]["step"].nunique() > 1)
 
 
 ODD = {
@@ -365,7 +397,7 @@ def test_odd_tables_are_drawn_without_a_warning(tables: dict[str, pd.DataFrame],
         for figure in drawn.values():
             figure.draw_without_rendering()
     risks = {risk for table in tables.values() for risk in table["risk"]}
-    assert list(drawn) == [name for name in ALL if has_table(name, tables) and (name != "instances" or len(risks) == 2)]
+    assert list(drawn) == [name for name in ALL if has_table(name, tables) and (name not in OF_BOTH_RISKS or len(risks) == 2)]
 
 
 def test_what_is_not_finite_is_said(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ with `geffect/` inside. What a figure needs and the tables lack leaves that figu
     instances    e_u against e_r, a point a forget row
     tokens       the text of some forget rows, each token coloured by its share of e_r
     prediction   the change of risk that was measured, beside the update effect and -lr e
-    sweep        e_u and e_r of each method at each hyper-parameter
+    sweep        e_u and e_r of each method at each hyper-parameter; `objectives`, e_r against e_u, a point for each, and
+                 `objectives_steps`, both over the steps
 
 e = <grad L, grad R> is in (nats/token)^2 where the objective L is in nats per token, as the risks R are; weights have
 no unit. Values that are not finite are left out and counted, or grey. Tables are data frames as `read` returns them.
@@ -33,6 +34,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
+from unlearn.reporting.objectives_figure import draw_objectives, draw_objectives_over_steps
 from unlearn.reporting.style import (
     COLOURS,
     HEAT,
@@ -105,6 +107,8 @@ def make_figures(tables: dict[str, DataFrame], rows: Sequence[int] | None = None
         "tokens": draw_tokens(table["tokens.parquet"], rows, step),
         "prediction": draw_prediction(table["prediction.csv"]),
         "sweep": draw_sweep(table["sweep.csv"], step),
+        "objectives": draw_objectives(table["sweep.csv"], step),
+        "objectives_steps": draw_objectives_over_steps(table["sweep.csv"]),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
