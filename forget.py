@@ -99,7 +99,7 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     retain = tokenize(data.retain) if settings.retain.term else []
     retain = with_second(retain, data.retain, settings.retain, settings.seed, tokenize)
     open_run(folder, settings, made_of(settings))
-    how = Pass(model, pad, tokenizer.eos_token_id, bf16)
+    how = Pass(model, pad, tokenizer.eos_token_id, bf16, tokens_per_batch=settings.tokens_per_batch)
     before = {name: token_nlls(how, rows, f"{name} loss before") for name, rows in measured.items()}
     answers = settings.method.answers
     target = with_second(measured[answers], data.forget, settings.method, settings.seed, tokenize)
@@ -114,7 +114,9 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
         beside = beside_rows(retain, wanted.retain_rows, len(target), settings.seed)
         risks = {"unlearn": measured["forget"], "retain": measured["retain"]}
         parts = Wanted(instances=wanted.instances, norms=wanted.norms)
-        meter = Meter(model, Target(loss, target, beside), risks, pad, parts, bf16=bf16, offload=wanted.offload)
+        at_once = settings.tokens_per_batch
+        of = Target(loss, target, beside)
+        meter = Meter(model, of, risks, pad, parts, bf16=bf16, offload=wanted.offload, tokens_per_batch=at_once)
         callbacks.append(GEffectCallback(meter, wanted.every, folder / "geffect"))
     if settings.eval.every:
         rows = {name: measured[name] for name in ("forget", "retain")}
