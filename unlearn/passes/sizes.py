@@ -26,7 +26,7 @@ from unlearn.models.sharding import is_sharded
 Kind = Literal["gradients", "tangents", "losses", "decoding"]
 T = TypeVar("T")
 
-ROWS = 16  # of a batch where nothing is said and there is no GPU: what is fastest on a CPU (docs/scaling.md)
+ROWS = 16  # of a batch where nothing is said and there is no GPU: a CPU
 MORE = 4  # times as much is decoded at once: a step reads all weights for a token a row, however many rows there are
 HEADROOM = 0.8  # of a GPU's free memory, that a batch may take
 BUSY = 2e13  # operations of a forward pass that keep a GPU busy for longer than it takes to launch them
