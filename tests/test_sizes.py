@@ -90,7 +90,7 @@ def room(model: nn.Module, tokens: int, backward: bool = False) -> Iterator[list
         raise torch.OutOfMemoryError("out of memory on purpose")
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        tried.append(kwargs["attention_mask"].numel())
+        tried.append(kwargs.get("attention_mask", kwargs["input_ids"]).numel())
         if not backward and tried[-1] > tokens:
             refuse()
 
