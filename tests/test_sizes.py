@@ -197,7 +197,7 @@ def test_forced_and_decoded_are_the_same_for_any_budget(kind: torch.dtype, bound
     model, rows = build("llama").to(kind), shared_prompts()
     want, texts = forced_and_decoded(Pass(model, PAD, EOS, batch_size=2), rows)
     for budget in BUDGETS.values():
-        found, given = forced_and_decoded(Pass(model, PAD, EOS, False, **budget), rows)  # type: ignore[arg-type]
+        found, given = forced_and_decoded(Pass(model, PAD, EOS, False, **budget), rows)
         assert given == texts
         assert_same_forced(found, want, bound)
 
@@ -251,7 +251,7 @@ def test_effects_when_memory_runs_out(
 def test_forcing_and_decoding_when_memory_runs_out(asked: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
     model, rows = build("llama"), shared_prompts()
     want, texts = forced_and_decoded(Pass(model, PAD, EOS), rows)
-    how = Pass(model, PAD, EOS, False, **asked)  # type: ignore[arg-type]
+    how = Pass(model, PAD, EOS, False, **asked)
     with room(model, ROOM) as tried:
         found, given = forced_and_decoded(how, rows)
         assert max(tried) > ROOM
