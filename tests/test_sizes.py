@@ -23,6 +23,7 @@ from torch import nn
 from app import building
 from app.compose import given
 from app.families import load_family
+from app.filling import with_family
 from dataloader import StepBatches
 from unlearn.geffect.meter import Meter
 from unlearn.geffect.target import Wanted
@@ -325,20 +326,23 @@ def test_a_step_is_merged_into_as_few_as_fit(monkeypatch: pytest.MonkeyPatch) ->
     usual = ["model_family=tiny", "method=npo", "retain=gd", "batch_size=2", "gradient_accumulation_steps=12"]
     need = partial(building._needs, family=family, model=model)
 
+    def asked(*more: str) -> Any:
+        return with_family(given("forget", [*usual, *more]))[0]
+
     def merged(*more: str) -> tuple[int, int]:
-        settings = building.cut_as_run(given("forget", [*usual, *more]), family, model)
+        settings = building.cut_as_run(asked(*more), family, model)
         return settings.batch_size, settings.gradient_accumulation_steps
 
     assert (merged(), merged("merge=true"), merged("merge=false")) == ((2, 12), (24, 1), (2, 12))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    settings = given("forget", usual)
+    settings = asked()
     for parts in (1, 2, 3, 4, 6):
         rows = 24 // parts
         monkeypatch.setattr(building, "gpu_memory", lambda rows=rows: 1.001 * need(settings, rows=rows) / building.OF_MEMORY)
         assert merged() == (rows, parts)
     monkeypatch.setattr(building, "gpu_memory", lambda: 0)
     assert merged() == (2, 12)
-    measuring = given("forget", [*usual, "geffect.every=5"])
+    measuring = asked("geffect.every=5")
     v = 2 * 4 * model.num_parameters()
     assert need(measuring, rows=2) - need(settings, rows=2) == v
-    assert need(given("forget", [*usual, "geffect.every=5", "geffect.offload=true"]), rows=2) == need(settings, rows=2)
+    assert need(asked("geffect.every=5", "geffect.offload=true"), rows=2) == need(settings, rows=2)
