@@ -242,7 +242,7 @@ def test_effects_when_memory_runs_out(
         assert max(tried) > ROOM
         tried.clear()
         assert_near(made.measure(), want, 1e-10)  # what was halved stays so
-    assert max(tried) <= ROOM
+    assert backward or max(tried) <= ROOM  # passes without a backward pass have room then
     assert "out of memory" not in capsys.readouterr().err
     assert all(p.grad is grads[name] for name, p in model.named_parameters())
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
