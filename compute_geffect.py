@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app import door, planning
+from app import door, measuring, planning
 from app.checks import check_checkpoint, check_folder, check_layer
 from app.data import check_unlearning_data, data_of
 from app.families import Family
@@ -107,13 +107,14 @@ def measure_steps(
     from unlearn.models import load_weights
 
     meter = build_meter(settings, family)
-    loaded = settings.model_path
+    loaded, duals = settings.model_path, measuring.logged_duals(run_of(settings.model_path_cur))
     afterwards = [path for _, path in [*steps, *following][1:]]
     for (step, path), then in zip_longest(steps, afterwards):
         if step in todo:
             say(f"step {step}: {path}")
             if loaded != path:
                 load_weights(meter.model, path)
+            measuring.at_step(meter, step, duals)
             tables, loaded = meter.measure(), path
             if then is not None:
                 meter.start_update()

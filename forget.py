@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app import door, planning
-from app.checks import check_disk, check_folder, check_layer, check_logger, check_optimizer, count_steps
+from app.checks import check_disk, check_folder, check_layer, check_logger, check_optimizer, check_rule, count_steps
 from app.data import check_unlearning_data, data_of, unlearning_data
 from app.evaluating import no_nan, told
 from app.families import Family
@@ -46,6 +46,7 @@ def prepare(settings: Forget) -> tuple[Forget, Family]:
     settings = settings.model_copy(update={"lr": learning_rate(settings.lr, family.unlearn_lr, bool(settings.LoRA.r))})
     rows = check_unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
     steps = None if rows is None else count_steps(settings, rows)[0]
+    check_rule(settings)
     check_logger(settings.logger)
     check_optimizer(settings.optim, settings.parallel)
     settings = settings.model_copy(update={"model_path": original_of(settings, family)})
@@ -77,8 +78,8 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     from app.building import build_loss, how_to_train, load_to_train, step_batches, with_reference, with_second
     from dataloader import beside_rows, idk_rows
     from unlearn.geffect import GEffectCallback, Meter, Target, Wanted
-    from unlearn.geffect.risks import trainable
     from unlearn.models.checkpoints import pad_id, save_checkpoint
+    from unlearn.models.vectors import trainable
     from unlearn.passes.forcing import Pass, token_mean, token_nlls
     from unlearn.reporting.figures import draw
     from unlearn.reporting.score_figures import draw_scores
@@ -105,7 +106,7 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     target = with_second(measured[answers], data.forget, settings.method, settings.seed, tokenize)
     target = with_reference(target, settings.method, how, before[answers])  # the model before unlearning is the reference
     retain = with_reference(retain, settings.retain, how)
-    loss = build_loss(settings.method, settings.retain, settings.seed, model, reference, tokenizer)
+    loss = build_loss(settings.method, settings.retain, settings.seed, model, reference, tokenizer, steps)
     building.save_noise(settings, loss)
 
     callbacks: list[TrainerCallback] = []

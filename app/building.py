@@ -23,9 +23,11 @@ from unlearn.models import plan
 from unlearn.models.adapters import LoRA, add_lora, has_adapters
 from unlearn.models.checkpoints import base_on_disk, load, pad_id
 from unlearn.models.sharding import shard
+from unlearn.objectives.dual import Dual
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.needs import needs_of, needs_reference
 from unlearn.passes.forcing import Pass, with_ref_nll
+from unlearn.training.rules import Rule
 from unlearn.training.trainer import Settings as HowToTrain
 from utils import is_main_process, model_device, processes, say, use_bfloat16
 
@@ -136,6 +138,7 @@ def how_to_train(settings: Training, family: Family, steps: int, per_epoch: int)
         optim=settings.optim,
         gradient_checkpointing=settings.gradient_checkpointing,
         logger=settings.logger,
+        rule=rule_of(settings) if isinstance(settings, Forget) else None,
     )
 
 
@@ -143,6 +146,23 @@ def found(group: Method | Retain) -> Any:
     """The method's objective, or the retain term, with its hyper-parameters; None where there is none."""
     of = group.objective if isinstance(group, Method) else group.term
     return None if of is None else instantiate(of)
+
+
+def rule_of(settings: Forget) -> Rule | None:
+    """What makes the step of two gradients; None where the loss's own is formed at once."""
+    if settings.rule.name == "sum" and not settings.log_conflict:
+        return None
+    return Rule(instantiate(settings.rule.combine), settings.rule.average)
+
+
+def dual_of(method: Method, steps: int = 0) -> Dual | None:
+    """The retain term's weight as the dual variable that the method's YAML has under `dual`, where it has one, at its start.
+
+    Args:
+        steps: of the run, of which the warm-up is a share.
+    """
+    found = method.get("dual")
+    return None if found is None else Dual(found["start"], found["eps"], found["eta"], round(found["warmup"] * steps))
 
 
 def needs(group: Method | Retain) -> frozenset[str]:
@@ -206,6 +226,7 @@ def build_loss(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
+    steps: int = 0,
 ) -> Loss:
     """The loss that the method's and the retain term's YAML describe.
 
@@ -213,6 +234,7 @@ def build_loss(
         seed: of the run's fixed random vector, where the loss looks at a layer.
         reference: the model before unlearning, for an objective or a retain term that compares with it.
         tokenizer: of the method's refusal, where it has one.
+        steps: of the run, for a dual variable's warm-up.
 
     Raises:
         ValueError: the two look at other layers, or one looks at a layer and none is given; the refusal has no token.
@@ -229,6 +251,7 @@ def build_loss(
         noise=noise,
         reference=reference if compares(method, retain) else None,
         refusal=_refusal(method, tokenizer, model.device) if "refusal" in needs(method) else None,
+        dual=dual_of(method, steps),
     )
 
 

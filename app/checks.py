@@ -14,7 +14,7 @@ from typing import Any
 from app.data import on_hub
 from app.families import Family, load_families
 from app.places import CONFIG
-from app.settings import BYTES, OPTIMIZERS, Training
+from app.settings import BYTES, OPTIMIZERS, Forget, Training
 from unlearn.io.rows import read_object
 from unlearn.io.weights import base_of, is_checkpoint, why_no_checkpoint
 from utils import processes
@@ -54,6 +54,24 @@ def count_steps(settings: Training, rows: int) -> tuple[int, int]:
             f" x gradient_accumulation_steps={settings.gradient_accumulation_steps} x {processes()} processes)"
         )
     return steps, max(1, rows // size)
+
+
+def check_rule(settings: Forget) -> None:
+    """Raises ValueError where what takes a retain term has none, or its weight is given twice."""
+    method, retain = settings.method, settings.retain
+    key = f"rule={settings.rule.name}" if settings.rule.name != "sum" else "log_conflict=true" if settings.log_conflict else ""
+    if key and retain.term is None:
+        raise ValueError(f"{key}: retain={retain.name} has no gradient beside that of method={method.name}; {_terms()}")
+    if (dual := method.get("dual")) is not None:
+        if retain.term is None:
+            raise ValueError(f"retain={retain.name}: the dual variable of method={method.name} is a term's weight; {_terms()}")
+        if retain.weight != 1:
+            start = dual["start"]
+            raise ValueError(f"retain.weight={retain.weight}: method={method.name} has method.dual.start={start} in its place")
+
+
+def _terms() -> str:
+    return f"give retain={'|'.join(file.stem for file in sorted(CONFIG.glob('retain/*.yaml')) if file.stem != 'none')}"
 
 
 # ---- folders and disk ----

@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from app.fields import Number, Settings, check_value, defaults, flatten, parse, unknown
 from app.methods import RETAINED
 from app.places import CONFIG
-from app.settings import COMMANDS, OF_OPEN, Method, Retain
+from app.settings import COMMANDS, OF_OPEN, Method, Retain, Rule
 
-GROUPS = ("benchmark", "method", "retain")
+OPEN: dict[str, type[Settings]] = {"method": Method, "retain": Retain, "rule": Rule}
+GROUPS = ("benchmark", *OPEN)
 
 OmegaConf.register_new_resolver(
     "hyper", lambda default, *, _root_: default if _root_.hyper_param is None else _root_.hyper_param, replace=True
@@ -47,7 +48,7 @@ def given(config_name: str, overrides: list[str] | None = None) -> Any:
 
 
 def group(name: str, choice: str, *overrides: str) -> dict[str, Any]:
-    """A group's YAML (of `benchmark`, `method`, `retain`)."""
+    """A group's YAML (of `GROUPS`)."""
     found: dict[str, Any] = compose("forget", [f"{name}={choice}", *overrides])[name]
     return found
 
@@ -78,9 +79,10 @@ def check_open(name: str, found: dict[str, Any]) -> None:
     if name == "benchmark":
         return
     hyper = [f"method={found['name']}"] if name == "retain" and found["name"] in RETAINED else []
+    fields = OPEN[name].model_fields
     of_file = flatten(group(name, str(found["name"]), *hyper))
     for key, value in flatten(found).items():
-        if key not in of_file and key in (Method if name == "method" else Retain).model_fields:
+        if key not in of_file and key in fields:
             continue  # it has its own check
         if key not in of_file:
             parent = key.rpartition(".")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,10 +219,30 @@ def order_of(settings: GEffects) -> list[int]:
 
 def learning_rates(run: Path | None) -> dict[int, float]:
     """Each training step's, from the run's log."""
+    return logged(run, "learning_rate")
+
+
+def logged_duals(run: Path | None) -> dict[int, float]:
+    """The dual variable after each training step, from the run's log; none where its method has none."""
+    return logged(run, "dual", always=False)
+
+
+def logged(run: Path | None, column: str, always: bool = True) -> dict[int, float]:
+    """A column of a run's log by step. Raises ValueError where a line lacks it that all have `always`."""
     file = None if run is None else run / "logs" / "train.jsonl"
     if file is None or not file.exists() or not file.stat().st_size:
         return {}
     try:
-        return {line["step"]: line["learning_rate"] for line in read_jsonl(file)}
+        return {line["step"]: line[column] for line in read_jsonl(file) if always or column in line}
     except KeyError as error:
         raise ValueError(f"{file}: a line lacks {error}") from error
+
+
+def at_step(meter: Meter, step: int, duals: Mapping[int, float]) -> None:
+    """Give the measured loss the dual variable that the run had at that step; at step 0 it is at its start."""
+    dual = meter.target.loss.dual
+    if dual is None or not duals or step == 0:
+        return
+    if step not in duals:
+        raise ValueError(f"step {step}: the run's log has no dual variable of that step")
+    dual.value = duals[step]

@@ -107,6 +107,9 @@ def work_of(settings: Common, family: Family) -> Work:
     if isinstance(settings, Training):
         work |= {"optimizer": OPTIMIZERS[settings.optim].state, "saved": BYTES[settings.save_dtype]}
         work |= {"checkpoints": checkpoints(settings), "merged": isinstance(settings, Finetune)}
+    if isinstance(settings, Forget):
+        work["gradients"] = 1 if settings.rule.name == "sum" and not settings.log_conflict else 2
+        work["average"] = settings.rule.average is not None
     if isinstance(settings, Forget | GEffects):
         retain = settings.retain.name != "none"
         norms = settings.norms if isinstance(settings, GEffects) else settings.geffect.norms

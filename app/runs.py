@@ -24,7 +24,7 @@ from utils import is_main_process, processes, versions
 
 # What a run is made of beside its settings, by its kind and name: {"data": {set: hash}, "models": {key: hash}}.
 MadeOf = Mapping[str, Mapping[str, str]]
-NOT_IN_NAMES = {"method.name", "method.run_name", "method.layer", "retain.name"}  # they stand there otherwise
+NOT_IN_NAMES = {"method.name", "method.run_name", "method.layer", "retain.name", "rule.name"}  # they stand there otherwise
 
 # ---- names ----
 
@@ -64,15 +64,19 @@ def split_name(settings: Training, files: Iterable[str | None]) -> str:
 def suffix(settings: Training) -> str:
     """`_key=value` for every setting that changes the weights, differs from its default and is not in the name already."""
     own = as_dict(settings)
-    groups = [f"{name}={own[name]['name']}" for name in ("retain", "method") if name in own]
+    groups = [f"{name}={own[name]['name']}" for name in ("retain", "method", "rule") if name in own]
     hyper = [] if own.get("hyper_param") is None else [f"hyper_param={own['hyper_param']}"]
     usual = compose(settings.config, groups + hyper)
     known, here = flatten(usual), flatten(own)
-    named = marked(type(settings), "named") | {key for key in here if key.startswith(("method.", "retain."))} - NOT_IN_NAMES
+    of_groups = {key for key in here if key.startswith(("method.", "retain.", "rule."))}
+    named = marked(type(settings), "named") | of_groups - NOT_IN_NAMES
     changed = {key: here[key] for key in named if key in here and here[key] != known.get(key)}
     if settings.benchmark.name not in ("tofu", "local"):
         changed["benchmark"] = settings.benchmark.name
+    if here.get("rule.name", "sum") != "sum":
+        changed["rule"] = here["rule.name"]
     copies = {f"method.objective.{key.removeprefix('method.')}" for key in changed}  # of a key that is named itself
+    copies |= {f"rule.combine.{key.removeprefix('rule.')}" for key in changed}
     return "".join(f"_{key}={value}" for key, value in sorted(changed.items()) if key not in copies)
 
 

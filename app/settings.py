@@ -101,7 +101,7 @@ class Generation(Settings):
 
 
 class Open(Settings):
-    """A group of config/method or config/retain: its YAML has the defaults, of whatever keys it needs."""
+    """A group of config/method, config/retain or config/rule: its YAML has the defaults, of whatever keys it needs."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
     by_file: ClassVar[bool] = True
@@ -122,6 +122,11 @@ class Retain(Open):
     weight: NotNegative = setting(1, "of the retain term")
     second: str | None = setting(None, "the second answers, for a term that needs them: idk, or a column of the rows")
     term: dict[str, Any] | None
+
+
+class Rule(Open):
+    combine: dict[str, Any]
+    average: Share | None = setting(None, "of this step's g_r in its moving average, for a rule that has one")
 
 
 class Unlearning(Settings):
@@ -157,7 +162,8 @@ class Benchmark(Settings):
 
 
 Layers = Whole | Annotated[list[Whole], Field(min_length=1)] | None
-OF_OPEN: dict[str, Any] = {"layer": Layers, "beta": Positive}  # keys of open groups that have a range, by their last name
+OF_OPEN: dict[str, Any] = {"layer": Layers, "beta": Positive, "average": Share, "start": NotNegative, "eta": NotNegative}
+OF_OPEN |= {"warmup": Share}  # keys of open groups that have a range, by their last name
 
 
 # ---- commands ----
@@ -258,6 +264,10 @@ class Forget(Training):
     eval: Scoring = Scoring()
     retain: Retain = setting(None, "config/retain", named=False)
     method: Method = setting(None, "config/method", named=False)
+    rule: Rule = setting(None, "config/rule: the step from the objective's gradient and the retain term's", named=False)
+    log_conflict: bool = setting(
+        False, "true: rule=sum forms the two gradients apart too, to rounding the same step, and logs them", named=False
+    )
 
 
 class GEffects(Common):

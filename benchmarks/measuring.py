@@ -12,14 +12,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from app.checks import check_checkpoint
-from app.data import check_unlearning_data, data_of
-from app.families import Family
-from app.filling import benchmark, with_family
-from app.places import find_path
-from app.settings import Forget
-from unlearn.objectives.rows import collate
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts too, which import this first
 # One process has one device, not torch's DataParallel over all.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -31,6 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import dataloader
 import utils
+from app.checks import check_checkpoint
+from app.data import check_unlearning_data, data_of
+from app.families import Family
+from app.filling import benchmark, with_family
+from app.places import find_path
+from app.settings import Forget
+from unlearn.objectives.rows import collate
 from unlearn.objectives.tokens import IGNORE
 
 

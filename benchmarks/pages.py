@@ -13,15 +13,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from app.places import ROOT
-from unlearn.io.rows import write_json
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the scripts too, which import this first
 
 import torch
 
 import utils
+from app.places import ROOT
 from unlearn.io.files import write_whole
+from unlearn.io.rows import write_json
 
 
 def page(title: str, results: Mapping[str, Any], about: Iterable[str], *sections: Iterable[str]) -> str:

@@ -6,17 +6,16 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import devices
 import pytest
 from processes import run_script
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the tests run in two processes: with more threads they would wait for each other
+devices.prepare(os.environ, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -30,14 +29,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in FIRST)
 
 
+commands_on_cpu = False  # those of the test that is running
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Where a test's commands run: from before its fixtures are made."""
+    global commands_on_cpu
+    commands_on_cpu = devices.is_on_cpu(item)
+    return (yield)
+
+
 def run_in(folder: Path, command: str, check: bool = True, fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a command line in `folder` as typed, `python` and `torchrun` being those of this environment.
+    """Run a command line in `folder` as typed, `python` and `torchrun` being those of this environment (see `devices`).
 
     Args:
         fresh: start a new interpreter also where a fork would do.
     """
     words = shlex.split(command)
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    env = devices.of_command(os.environ, words, commands_on_cpu) | {"HF_HUB_OFFLINE": "1"}
     if words[0] == "python" and words[1].endswith(".py") and not fresh:
         done = run_script(folder, words[1:], env)
     else:

@@ -45,6 +45,8 @@ def _script(folder: Path, words: list[str], env: dict[str, str], outputs: list[P
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
+    if sys.modules["torch"].cuda._is_in_bad_fork():  # something has started CUDA before: it can't be used here
+        os.execve(sys.executable, [sys.executable, *words], env)
     sys.argv = list(words)
     sys.path.insert(0, str(Path(words[0]).resolve().parent))
     runpy.run_path(words[0], run_name="__main__")

@@ -14,10 +14,10 @@ from conftest import ROOT, doubled, make_workplace, run_in
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedModel
 
 from unlearn.geffect.meter import Meter
-from unlearn.geffect.risks import trainable
 from unlearn.geffect.target import Target, Wanted
 from unlearn.models.adapters import LoRA, adapters_off, add_lora
 from unlearn.models.evaluating import in_eval_mode
+from unlearn.models.vectors import trainable
 from unlearn.objectives.functions import Objective, ga, kl, mean_nll, npo
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.tokens import token_outputs

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, run_in
 
 SETTINGS = (
@@ -237,3 +242,124 @@ def test_the_plain_way_pads_and_decodes_more(raced: tuple[str, dict[str, Any]]) 
     assert cases["longest"]["positions"] < cases["padded"]["positions"]
     assert cases["ours"]["decoded"] < cases["longest"]["decoded"] == cases["padded"]["decoded"]
     assert cases["one_pass"]["decoded"] == 0 < cases["bisection"]["decoded"]
+
+
+# ---- one GPU ----
+
+GPU_ROWS = ["norms_7b", "tap_7b", "plain_7b", "norms_1b", "sweep_1b", "dots_7b"]
+GPU_ROWS += ["train_7b", "train_1b", "train_1b_apart", "train_1b_whole"]
+
+
+@pytest.fixture(scope="module")
+def on_one_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
+    """The table, and the lines of numbers."""
+    out = tmp_path_factory.mktemp("gpu") / "gpu.jsonl"
+    page = run_in(ROOT, f"python benchmarks/gpu.py --small --minutes=60 --out={out}", fresh=True).stdout  # as it is typed
+    return page, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_a_gpus_table_has_every_row(on_one_gpu: tuple[str, list[dict[str, Any]]]) -> None:
+    page, (where, *rows) = on_one_gpu
+    assert [row["row"] for row in rows] == GPU_ROWS
+    assert [row["row"] for row in rows if "failed" in row] == []
+    assert page.count("\n| 7B, ") + page.count("\n| 1B, ") == len(GPU_ROWS)
+    for text in ("torch", "transformers", "command", "gpu"):
+        assert text in where["surroundings"] or f"{text} {where['surroundings']['versions'][text]}" in page
+    assert (where["surroundings"]["gpu"] or where["surroundings"]["processor"]) in page
+    assert all(row["peak_memory"] > 0 and row["matrix_flops_per_second"] > 0 for row in rows)
+    assert [row["row"] for row in rows if not row.get("planned_memory")] == ["dots_7b"]
+
+
+def test_a_gpus_rows_are_of_the_work_that_they_name(on_one_gpu: tuple[str, list[dict[str, Any]]]) -> None:
+    """FLOP of a gradient of both risks, and of L's rows by each way; the same step however it is cut."""
+    rows = {row["row"]: row for row in on_one_gpu[1][1:]}
+    tap, plain = rows["tap_7b"]["flops"], rows["plain_7b"]["flops"]
+    one = (tap - plain) / 2  # FLOP a weight and token of the rows to forget
+    assert rows["norms_7b"]["flops"] - tap == pytest.approx(2 * one)
+    assert plain > 12 * one
+    assert all(0 < rows[name]["seconds_of_v"] < rows[name]["seconds"]["max"] for name in ("norms_7b", "plain_7b", "sweep_1b"))
+    apart, whole, seven = (rows[f"train_{name}"] for name in ("1b_apart", "1b_whole", "7b"))
+    assert (apart["micro_batches"], apart["rows_of_a_micro_batch"]) == (4, 4)
+    assert (whole["micro_batches"], whole["rows_of_a_micro_batch"]) == (1, 16)
+    assert seven["micro_batches"] * seven["rows_of_a_micro_batch"] == 16
+    done = [row["tokens_per_second"]["median"] * row["seconds"]["median"] for row in (apart, whole)]
+    assert done[0] == pytest.approx(done[1])
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return importlib.import_module("gpu")
+
+
+def a_row(gpu: Any, run: Any) -> Any:
+    return gpu.Row("1B", "1B", run, {})
+
+
+def test_the_operations_are_those_that_run(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products of weights: 6 a weight and token for each of two steps on the same rows."""
+    import gpu_rows
+    from measuring import flop_counter
+
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small"])
+    args = gpu.options().parse_args()
+    for name, value in (gpu.TOY | {"forget": 2, "batch_size": 1}).items():
+        setattr(args, name, value)
+    row = gpu.ROWS["train_1b_apart"]
+    alone = replace(row, settings=row.settings | gpu_rows.cut(1, 2), words=("method=ga",))
+    with flop_counter() as counter:
+        numbers = alone.run(gpu.build(args), alone)
+    flops = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in flops.items() if str(op) in ("aten.mm", "aten.addmm"))
+    of_a_step = numbers["flops_per_second"] * numbers["seconds"]["median"]
+    assert products == pytest.approx(2 * of_a_step)
+
+
+def test_a_row_without_memory_does_not_end_the_others(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any
+) -> None:
+    """It says so, gives back what it held, and a row after it runs; a row that breaks is told, and by the exit code."""
+    made: list[weakref.ref[Any]] = []
+
+    def full(bench: Any, row: Any) -> dict[str, Any]:
+        assert [one for one in made if one() is not None] == []
+        model = torch.nn.Linear(2, 2)
+        model.itself = model  # a cycle, as a trainer's
+        made.append(weakref.ref(model))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    def broken(bench: Any, row: Any) -> dict[str, Any]:
+        raise RuntimeError("on purpose")
+
+    def stopped(bench: Any, row: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    numbers = {"seconds": {"median": 1.5}, "peak_memory": 2**30, "attention": "sdpa"}
+    rows = {"a": a_row(gpu, full), "b": a_row(gpu, full), "c": a_row(gpu, lambda *_: numbers), "d": a_row(gpu, broken)}
+    monkeypatch.setattr(gpu, "ROWS", rows)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", f"--out={tmp_path}/gpu.jsonl"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 1
+    cells = [line.split(" | ")[1] for line in capfd.readouterr().out.splitlines() if line.startswith("| 1B")]
+    assert cells == ["out of memory", "out of memory", "1.5", "RuntimeError: on purpose"]
+    monkeypatch.setattr(gpu, "ROWS", rows | {"d": a_row(gpu, stopped)})
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main()
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [line.get("row") for line in lines] == [None, "a", "b", "c"]  # a killed run keeps what it has
+
+
+def test_a_gpus_time_and_rows_are_held_to(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.jsonl"
+    done = run_in(ROOT, f"python benchmarks/gpu.py --small --minutes=0 --only=train_7b,norms_7b --out={out}")
+    assert done.stdout.count("| not begun: the time was over |") == 2
+    assert [json.loads(line)["row"] for line in out.read_text().splitlines()[1:]] == ["norms_7b", "train_7b"]
+    failed = run_in(ROOT, "python benchmarks/gpu.py --only=norms_7b,norms_8b", check=False)
+    assert failed.returncode == 2
+    assert "norms_8b: no such row; there are norms_7b, tap_7b" in failed.stderr.splitlines()[-1]
+    failed = run_in(ROOT, "python benchmarks/gpu.py --data=data/nowhere", check=False)
+    assert (failed.returncode, "data_path=data/nowhere" in failed.stderr.splitlines()[-1]) == (2, True)

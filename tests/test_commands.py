@@ -42,6 +42,7 @@ def test_finetune_under_torchrun(tmp_path: Path, processes: int) -> None:
     assert sorted(file.name for file in tmp_path.iterdir() if not file.is_symlink()) == ["data"]
 
 
+@pytest.mark.on_cpu
 def test_basher1(place: Path) -> None:
     """The documented run: on a machine without GPUs --cuda_id is a warning; the command is printed; nothing is littered."""
     done = run_in(place, "python basher1.py ga --model=tiny --cuda_id=3 --setting=forget05 --hyper=2")
@@ -83,6 +84,7 @@ def test_a_sweep_goes_through_values(place: Path) -> None:
     assert names == [f"{method}_0.0008_forget05_1_0.0_None{seed}" for method in ("ga", "wga") for seed in ("", "_seed=1")]
 
 
+@pytest.mark.several_processes
 @pytest.mark.parametrize("script", ["tofu_evaluation", "evaluation_everything"])
 def test_evaluation_under_torchrun(place: Path, script: str) -> None:
     """Two processes score each row as one does."""

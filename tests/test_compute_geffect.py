@@ -35,6 +35,8 @@ from unlearn.objectives.functions import ga, mean_nll
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.rows import tokenize_pairs
 
+pytestmark = pytest.mark.on_cpu  # commands go on with what was measured in this process, to the same bits
+
 RUN = "icml/tiny/npo_kl_0.0008_forget05_5_0.0_None"
 LAST = f"model_path_cur={RUN}/checkpoint-6"
 RISKS = ["unlearn", "retain"]

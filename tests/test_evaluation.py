@@ -35,6 +35,8 @@ from unlearn.scores import tofu
 from unlearn.scores.control import mix
 from unlearn.scores.extraction import knowledge, score_rows
 
+pytestmark = pytest.mark.on_cpu  # commands go on with what was measured in this process, to the same bits
+
 CONFIGS = {tofu_evaluation: "eval_tofu", evaluation_everything: "eval_everything"}
 ROWS = {"retain90": 16, "forget10": 8, "forget10_perturbed": 8, "retain_perturbed": 8, "holdout10": 8}
 ROWS |= {"real_authors_perturbed": 3, "world_facts_perturbed": 3}

@@ -688,6 +688,7 @@ def measure_with_a_sweep() -> Tables:
     return meter_of(model, target, sweep=sweep).measure()
 
 
+@pytest.mark.on_cpu
 def test_two_processes_give_what_one_does(tmp_path: Path) -> None:
     one = measure_with_a_sweep()
     assert set(one) == {"steps", "layers", "instances", "tokens", "positions", "sweep"}

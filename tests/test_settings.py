@@ -69,9 +69,30 @@ def test_and_as_it_is() -> None:
 
 def test_what_changes_the_weights_is_named_or_in_the_name() -> None:
     """Of forget.py's settings: the others are paths, say where and when to write, or stand in the folder's name already."""
-    in_the_name = {"model_family", "split", "lr", "num_epochs", "weight_decay", "hyper_param", "method", "retain", "benchmark"}
+    in_the_name = {
+        "model_family",
+        "split",
+        "lr",
+        "num_epochs",
+        "weight_decay",
+        "hyper_param",
+        "method",
+        "retain",
+        "benchmark",
+        "rule",
+    }
     paths = {"model_path", "hf_key", "data_path", "forget_data", "retain_data"}
-    no_weights = {"parallel", "save_dtype", "plan", "plan_for", "deterministic", "eval.every", "keep_last", "merge"}
+    no_weights = {
+        "parallel",
+        "save_dtype",
+        "plan",
+        "plan_for",
+        "deterministic",
+        "eval.every",
+        "keep_last",
+        "merge",
+        "log_conflict",
+    }
     no_weights |= {f"geffect.{name}" for name in ("every", "retain_rows", "instances", "norms", "offload")}
     unnamed = {key for key, _ in fields(Forget)} - marked(Forget, "named")
     assert unnamed == in_the_name | paths | no_weights | marked(Forget, "may_differ")

@@ -19,6 +19,7 @@ from app.settings import OPTIMIZERS
 from unlearn.models import checkpoints
 from unlearn.models.sharding import like
 
+pytestmark = pytest.mark.several_processes
 TORCHRUN = "torchrun --nproc_per_node=2 --master_port=18791"
 RUN = (
     "model_family=tiny split=forget05 dtype=float32 batch_size=2 num_epochs=2 method=npo retain=kl model_path={young}"
@@ -120,6 +121,7 @@ def test_adapters_in_shards(place: Path, young: Path) -> None:
         assert "parallel=" in done.stderr
 
 
+@pytest.mark.on_cpu
 def test_processes_without_a_part_of_a_weight(tmp_path: Path) -> None:
     """LoRA of r=1 on three processes, tied embeddings: states, gradients over micro-batches, bfloat16, and the end.
 

@@ -26,6 +26,7 @@ from unlearn.objectives.loss import Loss
 from unlearn.training.trainer import StepTrainer, freeze_unreached
 from utils import REPEATABLE, be_deterministic
 
+pytestmark = pytest.mark.several_processes
 METHODS = ["finetune", "ga", "rmu_2", "npo_kl"]
 
 

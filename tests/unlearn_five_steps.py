@@ -1,6 +1,7 @@
 """Five steps of unlearning for several methods in one process (or under torchrun), for test_training.py.
 
-torchrun --nproc_per_node=2 unlearn_five_steps.py MODEL OUT BATCH_SIZE ACCUMULATION PARALLEL METHOD..., `finetune` being one
+torchrun --nproc_per_node=2 unlearn_five_steps.py MODEL OUT BATCH_SIZE ACCUMULATION PARALLEL METHOD..., `finetune` being one,
+and METHOD+rule:gru one with a setting of its own
 """
 
 import sys
@@ -27,8 +28,10 @@ for method in methods:
         own = ["model_family=smollm2-135m", "data_path=data/sample", f"hf_key={model}", "num_epochs=0.1", "lr=1e-3"]
         finetune.run(given("finetune", [*own, f"save_dir={out}/finetune/checkpoint-5", *how]))
         continue
+    name, *own = method.split("+")
     overrides = [
-        *("model_family=tiny", f"model_path={model}", f"save_dir={out}/{method}", *basher1.parse_method(method)),
+        *("model_family=tiny", f"model_path={model}", f"save_dir={out}/{method}", *basher1.parse_method(name)),
+        *(word.replace(":", "=") for word in own),
         *("num_epochs=1", *how),
     ]
     forget.run(given("forget", overrides))

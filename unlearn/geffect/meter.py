@@ -36,16 +36,12 @@ from unlearn.geffect.parts import (
 from unlearn.geffect.risks import (
     Directions,
     Parts,
-    Vectors,
     add_gradient,
-    dot,
     each_gradient,
     gradients_into,
     put_back,
-    read_all,
-    trainable,
+    summed,
     wide,
-    zeros,
 )
 from unlearn.geffect.sites import Site, find_sites
 from unlearn.geffect.tables import Tables
@@ -55,6 +51,7 @@ from unlearn.geffect.target import Target, Wanted, check_labels, passes_of
 from unlearn.models import sharding
 from unlearn.models.evaluating import evaluating
 from unlearn.models.sharding import is_sharded
+from unlearn.models.vectors import Vectors, dot, dots, read_all, squares, trainable
 from unlearn.objectives.functions import mean_nll
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.rows import Row, collate, seconds
@@ -205,15 +202,19 @@ class Meter:
         if not self.directions:
             of = self.parameters.items()
             self.directions = {name: sharding.zeros(p, (len(RISKS),), p.dtype, self.offload) for name, p in of}
-        values = {}
-        for d, risk in enumerate(RISKS):
-            stacked = {name: v[d] for name, v in self.directions.items()}
-            accumulates = not self.offload and all(v.dtype == wide(v.dtype) for v in stacked.values())  # half precision can't
-            sums = stacked if accumulates else zeros(self.parameters)
-            values[risk] = self._sum_up(Target(RISK, self.risks[risk]), f"gradient of the {risk} risk", sums)["objective"]
-            for name, v in {} if accumulates else stacked.items():
+        return {risk: self._risk_gradient(d, risk) for d, risk in enumerate(RISKS)}
+
+    def _risk_gradient(self, d: int, risk: str) -> float:
+        """Fill the d-th direction; the sum that it is made in, of half-precision or offloaded weights, is gone after."""
+        into = {name: v[d] for name, v in self.directions.items()}
+        given = Target(RISK, self.risks[risk]), f"gradient of the {risk} risk"
+        if not self.offload and all(v.dtype == wide(v.dtype) for v in into.values()):
+            return self._sum_up(*given, into)["objective"]
+        with summed(self.parameters) as sums:
+            value = self._sum_up(*given, sums)["objective"]
+            for name, v in into.items():
                 v.copy_(sums[name])
-        return values
+        return value
 
     def _sum_up(self, target: Target, what: str, sums: Vectors) -> dict[str, float]:
         """Put the gradient of a loss over its whole set into `sums`; returns the loss's parts."""
@@ -243,16 +244,16 @@ class Meter:
         sums = torch.zeros((3, len(RISKS)), dtype=torch.float64, device=self.model.device)  # with V, and both squared
 
         def take(name: str, gradient: Tensor) -> None:
-            for d, v in enumerate(self.directions[name]):
-                sums[:, d] += torch.stack([dot(gradient, v), dot(gradient, gradient), dot(v, v).to(sums.device)])
+            v, own = self.directions[name], dot(gradient, gradient)
+            sums.add_(torch.stack([dots(gradient, v), own.expand(len(v)), squares(v, sums.device)]))
 
         for batch in set_batches(self.target.forget[:1], [], 1, self.pad, equally_many=self.sharded):
             tap = Tap(self.sites, self.directions, 1)
             with evaluating(self.model), each_gradient(self.parameters, take):
                 self._backward(tap, on(batch, self.model.device))
-            dots, *norms = sums.tolist()
+            products, *norms = sums.tolist()
             scale = [math.sqrt(g * v) for g, v in zip(*norms, strict=True)]
-            self._check_tap(tap.effects.sum((0, 1)).tolist(), dots, scale)
+            self._check_tap(tap.effects.sum((0, 1)).tolist(), products, scale)
 
     def _backward(self, tap: Tap, batch: Batch) -> None:
         with tap.batch(batch):
@@ -267,24 +268,24 @@ class Meter:
         if self.wanted.positions:
             answers = [*forget, *retain, *(second for row in retain for second in seconds(row))]
             tap.count_positions(max(len(row["input_ids"]) for row in answers))
-        sums = zeros(self.parameters) if self.wanted.norms else {}
-        measured = self.parameters if self.wanted.norms else {}
+        with summed(self.parameters if self.wanted.norms else {}) as sums:
 
-        def run(batches: Iterator[Batch]) -> None:
-            for x in [*tap.tables(), *sums.values()]:
-                x.zero_()
-            with self.trained(self.wanted.norms), evaluating(self.model), gradients_into(sums, measured):
-                for batch in batches:
-                    self._backward(tap, batch)
+            def run(batches: Iterator[Batch]) -> None:
+                for x in [*tap.tables(), *sums.values()]:
+                    x.zero_()
+                measured = self.parameters if self.wanted.norms else {}
+                with self.trained(self.wanted.norms), evaluating(self.model), gradients_into(sums, measured):
+                    for batch in batches:
+                        self._backward(tap, batch)
 
-        anew(self.budget, "gradients", "G-effects", (forget, retain), self.pad, run)
-        over_processes([*tap.tables(), *sums.values()])
-        by_instance = tap.effects.sum(1)  # (rows, D)
-        totals = by_instance.sum(0).tolist()
-        tables = {"steps": self._steps(totals, sums)}
-        if sums:
-            scale = list(tables["steps"]["objective_norm"] * tables["steps"]["risk_norm"])
-            self._check_tap(totals, sums_of(self._dots(sums)), scale)
+            anew(self.budget, "gradients", "G-effects", (forget, retain), self.pad, run)
+            over_processes([*tap.tables(), *sums.values()])
+            by_instance = tap.effects.sum(1)  # (rows, D)
+            totals = by_instance.sum(0).tolist()
+            tables = {"steps": self._steps(totals, sums)}
+            if sums:
+                scale = list(tables["steps"]["objective_norm"] * tables["steps"]["risk_norm"])
+                self._check_tap(totals, sums_of(self._dots(sums)), scale)
         tables["layers"] = by_site(self.sites, tap.effects.sum(0).tolist())
         tables["instances"] = instance_table(by_instance, len(forget))
         if tap.positions is not None:
@@ -293,10 +294,10 @@ class Meter:
 
     def plain(self) -> Tables:
         """Totals and layers by a dot product for each tensor; the uses of tied weights are not told apart."""
-        sums = zeros(self.parameters)
-        self._sum_up(self.target, "G-effects", sums)
-        dots = self._dots(sums)
-        return {"steps": self._steps(sums_of(dots), sums), "layers": by_module(self.sites, dots, "geffect")}
+        with summed(self.parameters) as sums:
+            self._sum_up(self.target, "G-effects", sums)
+            products = self._dots(sums)
+            return {"steps": self._steps(sums_of(products), sums), "layers": by_module(self.sites, products, "geffect")}
 
     def _shares(self, targets: Sequence[Target]) -> Iterator[tuple[int, Batch, Tensor, Tensor]]:
         """For each target and batch of it: the target's number, the batch, the tokens' losses (M,), their shares (D, M).
@@ -340,8 +341,7 @@ class Meter:
 
     def _dots(self, vectors: Mapping[str, Tensor]) -> dict[str, list[float]]:
         """For each parameter its inner product with each V."""
-        numbers = [dot(x, self.directions[name][d]) for name, x in vectors.items() for d in range(len(RISKS))]
-        found = iter(self._over_shards(read_all(numbers)))
+        found = iter(self._over_shards(read_all([dots(x, self.directions[name]) for name, x in vectors.items()])))
         return {name: [next(found) for _ in RISKS] for name in vectors}
 
     def _over_shards(self, numbers: Sequence[float]) -> list[float]:
@@ -354,11 +354,10 @@ class Meter:
 
     def _steps(self, totals: list[float], gradient: Vectors) -> pd.DataFrame:
         check_finite(totals)
-        of_v = read_all([dot(v[d], v[d]).to(self.model.device) for d in range(len(RISKS)) for v in self.directions.values()])
-        n = len(self.directions)
-        squares = [math.fsum(of_v[d * n : (d + 1) * n]) for d in range(len(RISKS))]
-        squares.append(math.fsum(read_all([dot(g, g) for g in gradient.values()])) if gradient else math.nan)
-        *risk_norms, norm = map(math.sqrt, self._over_shards(squares))
+        of_v = read_all([squares(v, self.model.device) for v in self.directions.values()])
+        of_risks = [math.fsum(of_v[d :: len(RISKS)]) for d in range(len(RISKS))]
+        own = math.fsum(read_all([dot(g, g) for g in gradient.values()])) if gradient else math.nan
+        *risk_norms, norm = map(math.sqrt, self._over_shards([*of_risks, own]))
         cosines = [e / (norm * r) if norm * r else math.nan for e, r in zip(totals, risk_norms, strict=True)]
         columns = {"risk": RISKS, "geffect": totals, "cosine": cosines, "objective_norm": norm, "risk_norm": risk_norms}
         return pd.DataFrame(columns)

@@ -5,7 +5,7 @@ Letters: P parameters by name, D directions (the risks).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,20 +14,11 @@ from torch import Tensor, nn
 
 from unlearn.models import sharding
 from unlearn.models.evaluating import evaluating
-from unlearn.models.sharding import local
+from unlearn.models.vectors import Vectors
 from unlearn.objectives.loss import Loss
 from unlearn.passes.batches import Batch, over_processes
 
-Vectors = dict[str, Tensor]  # one tensor for each parameter, like it
 Directions = dict[str, Tensor]  # (D, *shape) for each parameter
-
-CHUNK = 1 << 18  # numbers that are widened to float64 at once on a CPU: few enough to stay in a cache
-CHUNK_OF_A_GPU = 1 << 24  # many enough that launches do not count
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained (an adapter's alone, where there is one), tied ones once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @contextmanager
@@ -50,6 +41,16 @@ def zeros(parameters: Mapping[str, Tensor], n: int | None = None) -> Vectors:
     """A zero vector, or `n` of them stacked, wide enough to accumulate in."""
     stack = () if n is None else (n,)
     return {name: sharding.zeros(p, stack, wide(p.dtype)) for name, p in parameters.items()}
+
+
+@contextmanager
+def summed(parameters: Mapping[str, Tensor]) -> Iterator[Vectors]:
+    """A zero vector to accumulate in, gone when left whoever still has its name: two of a large model do not fit beside it."""
+    sums = zeros(parameters)
+    try:
+        yield sums
+    finally:
+        sums.clear()
 
 
 @contextmanager
@@ -121,16 +122,3 @@ class Parts:
         values = torch.stack([none + x for x in self.sums.values()])
         over_processes([values])
         return dict(zip(self.sums, values.tolist(), strict=True))
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of two tensors of one shape (of their shards here), formed and summed in float64; () on a's device."""
-    x, y = (local(z.detach()).flatten() for z in (a, b))
-    size = CHUNK if x.device.type == "cpu" else CHUNK_OF_A_GPU
-    pieces = zip(x.split(size), y.split(size), strict=True)
-    return sum((m.double() @ n.to(x.device).double() for m, n in pieces), torch.zeros((), dtype=torch.float64, device=x.device))
-
-
-def read_all(numbers: Sequence[Tensor]) -> list[float]:
-    """Their values, by one synchronisation with their device."""
-    return torch.stack(list(numbers)).tolist() if numbers else []

@@ -6,15 +6,18 @@ Letters: B rows, T positions, D directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten
+from transformers.pytorch_utils import Conv1D
 
 from unlearn.geffect.risks import Directions
 from unlearn.geffect.tangents import PaddingHeld, along_each
@@ -51,7 +54,7 @@ class Axes:
         return x.reshape(*x.shape[:2], -1)
 
 
-@dataclass
+@dataclass(eq=False)
 class Site:
     """A module that is called, and the trained parameters that only it uses: its own, and those of modules never called.
 
@@ -69,31 +72,34 @@ class Site:
     linear: bool = False
     axes: list[Axes] = field(default_factory=list)
 
+    @cached_property
+    def bare(self) -> nn.Module:
+        return _Bare(self.module)
+
     def call(self, own: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Its floating-point outputs with these values for its parameters."""
         named = {f"module.{name}": value for name, value in own.items()}
-        return floats(
-            functional_call(_Bare(self.module), named, args, kwargs, tie_weights=False)
-        )  # no other site's use of them
+        return floats(functional_call(self.bare, named, args, kwargs, tie_weights=False))  # no other site's use of them
 
-    def along(self, directions: Directions, d: int) -> dict[str, Tensor]:
-        """Its V, all parts of it: in shards, it is gathered here and no longer than it is used."""
+    def along(self, directions: Directions) -> dict[str, Tensor]:
+        """Its V, (D, *shape) each, all parts of it: in shards, it is gathered here and no longer than it is used."""
         where = {name: self.module.get_parameter(name).device for name in self.names}
-        return {name: whole(directions[full][d].to(where[name])) for name, full in self.names.items()}
+        return {name: whole(directions[full].to(where[name], non_blocking=True)) for name, full in self.names.items()}
 
-    def changes(self, directions: Directions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[Tensor]]:
-        """For each direction the change of its outputs along it."""
+    def changes(self, v: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The change of each of its outputs along the directions `v`, (D, *the output's shape)."""
+        if self.linear and type(self.module) is nn.Linear and known_linear(self) and len(args) == 1 and not kwargs:
+            bias = v["bias"].flatten() if "bias" in v else None
+            n = len(v["weight"])
+            return [F.linear(args[0], v["weight"].flatten(0, 1), bias).unflatten(-1, (n, -1)).movedim(-2, 0)]
         if self.linear:
-            for d in range(len(next(iter(directions.values())))):
-                v = self.along(directions, d)
-                with PaddingHeld(zero=True):
-                    outputs = self.call(v, args, kwargs)
-                yield outputs
-            return
+            with PaddingHeld(zero=True):
+                each = [self.call(dict(zip(v, w, strict=True)), args, kwargs) for w in zip(*v.values(), strict=True)]
+            return [torch.stack(outputs) for outputs in zip(*each, strict=True)]
         own = {name: self.module.get_parameter(name).detach() for name in self.names}
-        v = {name: whole(directions[full].to(own[name].device)).to(own[name].dtype) for name, full in self.names.items()}
+        v = {name: x.to(own[name].dtype) for name, x in v.items()}
         _, changes = along_each(lambda w: self.call(w, args, kwargs), own, v)
-        yield from (list(change) for change in zip(*changes, strict=True))
+        return list(changes)
 
 
 class _Bare(nn.Module):
@@ -274,8 +280,18 @@ def _differs(a: torch.Size, b: torch.Size) -> int | None:
     return next((i for i, (m, n) in enumerate(zip(a, b, strict=True)) if m != n), None) if len(a) == len(b) else None
 
 
+def known_linear(site: Site) -> bool:
+    """Whether the module is of a kind that is linear in its parameters, all of them trained: most weights are of these."""
+    module = site.module
+    if type(module) not in (nn.Linear, nn.Embedding, Conv1D) or "forward" in vars(module):
+        return False
+    return getattr(module, "max_norm", None) is None and {name for name, _ in module.named_parameters()} == site.names.keys()
+
+
 def is_linear(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the site's output is linear in its parameters: doubles with them, exactly, and adds up as they do."""
+    if known_linear(site):
+        return True
     like = {name: site.module.get_parameter(name).detach() for name in site.names}
     generator = torch.Generator(next(iter(like.values())).device).manual_seed(0)  # V itself may be 0, now
     v, w = ({name: torch.empty_like(x).normal_(generator=generator) for name, x in like.items()} for _ in range(2))

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unlearn.geffect.risks import Directions, wide
 from unlearn.geffect.sites import Axes, Site
-from unlearn.objectives.tokens import label_positions
+from unlearn.objectives.tokens import positions_of
 from unlearn.passes.batches import Batch
 
 # ---- where to tap ----
@@ -40,6 +40,7 @@ class Tap:
         n, device = len(next(iter(directions.values()))), next(sites[0].module.parameters()).device
         self.effects = torch.zeros((instances, len(sites), n), dtype=torch.float64, device=device)
         self.layers = list(dict.fromkeys(site.layer for site in sites))
+        self.layer_of = [self.layers.index(site.layer) for site in sites]
         self.positions: Tensor | None = None  # (instances, T, layers, D)
 
     def count_positions(self, length: int) -> None:
@@ -47,19 +48,25 @@ class Tap:
         n, _, d = self.effects.shape
         self.positions = self.effects.new_zeros((n, length, len(self.layers), d))
 
+    def fetched(self, number: int) -> dict[str, Tensor]:
+        return self.sites[number].along(self.directions)
+
     def tables(self) -> list[Tensor]:
         return [self.effects] if self.positions is None else [self.effects, self.positions]
 
     @contextmanager
     def batch(self, batch: Batch) -> Iterator[None]:
         """Tap what is run inside: a forward pass of these rows and its backward pass."""
-        at = label_positions(batch["labels"])
+        at = positions_of(batch)
         width = batch["labels"].shape[1]
         self._batch = {"index": batch["index"], "at": at, "row": at // width, "position": at % width}
         self._width = width
         self.anchor = torch.zeros((), device=at.device, requires_grad=True)
         self._shared = ""
-        handles = [site.module.register_forward_hook(self._hook(site), with_kwargs=True) for site in self.sites]
+        handles = [
+            site.module.register_forward_hook(self._hook(number, site), with_kwargs=True)
+            for number, site in enumerate(self.sites)
+        ]
         try:
             yield
         except RuntimeError as error:
@@ -72,7 +79,7 @@ class Tap:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, site: Site) -> Callable[..., Any]:
+    def _hook(self, number: int, site: Site) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.busy:
                 return output
@@ -80,7 +87,7 @@ class Tap:
             inputs, how = tree_flatten((args, kwargs))
             out = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
             into = [i for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)]
-            call = _Call(self, site, inputs, into, how, len(out))
+            call = _Call(self, number, site, inputs, into, how, len(out))
             spread = [self._spread(leaves[i], site, axes) for i, axes in zip(out, site.axes, strict=True)]
             tapped = _Identity.apply(call, self.anchor, *spread, *(inputs[i] for i in into))
             for i, leaf in zip(out, tapped, strict=True):
@@ -102,44 +109,45 @@ class Tap:
 
     def add(self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], grads: Sequence[Tensor | None]) -> None:
         """Add b . (change along V) of one call of a site, for each instance and direction."""
-        number = self.sites.index(call.site)
-        for d, changes in enumerate(call.site.changes(self.directions, args, kwargs)):
-            for change, grad, axes in zip(changes, grads, call.site.axes, strict=True):
-                if grad is not None:
-                    self._add(number, d, change, grad, axes)
+        changes = call.site.changes(self.fetched(call.number), args, kwargs)
+        for change, grad, axes in zip(changes, grads, call.site.axes, strict=True):
+            if grad is not None:
+                self._add(call.number, change, grad, axes)
 
-    def _add(self, number: int, d: int, change: Tensor, grad: Tensor, axes: Axes) -> None:
+    def _add(self, number: int, changes: Tensor, grad: Tensor, axes: Axes) -> None:
+        """Of one output: its changes, (D, *shape), or shared by the rows, and its gradient."""
         site, rows = self.sites[number], self._batch["index"]
-        layer = self.layers.index(site.layer)
-        if site.layer == "lm_head" and change.shape[0] == 1:  # (1, M, vocabulary)
-            products = _row_dots(change[0], grad[0])
-            self.effects[:, number, d].index_add_(0, rows[self._batch["row"]], products)
-            if self.positions is not None:
-                where = (rows[self._batch["row"]], self._batch["position"])
-                self.positions[:, :, layer, d].index_put_(where, products, accumulate=True)
+        if site.layer == "lm_head" and changes.shape[1] == 1:  # (1, M, vocabulary); one after the other, for they are large
+            at, position = rows[self._batch["row"]], self._batch["position"]
+            products = torch.cat([_dots(change[0].unsqueeze(1), grad[0]) for change in changes], dim=1)
+            self._note(number, at, products, lambda positions: positions.index_put_((at, position), products, accumulate=True))
             return
-        n = len(rows)
-        a, b = (axes.split(x, n, self._width) for x in (change.expand_as(grad), grad))  # (n, T or 1, k)
-        if a is None or b is None:
+        n, width = len(rows), self._width
+        b = axes.split(grad, n, width)  # (n, T or 1, k)
+        a = [axes.split(change.expand_as(grad), n, width) for change in changes]
+        if b is None:
             shape = tuple(grad.shape)
             raise ValueError(f"{site.name}: its output {shape} does not tell {n} rows apart (instances=false does without)")
-        if self.positions is None:
-            self.effects[:, number, d].index_add_(0, rows, _row_dots(a.flatten(1), b.flatten(1)))
-            return
-        if a.shape[1] < self._width:
+        if self.positions is not None and b.shape[1] < width:
             raise ValueError(
                 f"{site.name}: its output {tuple(grad.shape)} does not tell positions apart (positions=false does without)"
             )
-        products = _row_dots(a.flatten(0, 1), b.flatten(0, 1)).view(a.shape[:2])
-        self.effects[:, number, d].index_add_(0, rows, products.sum(1))
+        products = _dots(torch.stack(a, 2).flatten(0, 1), b.flatten(0, 1)).view(*b.shape[:2], -1)  # (n, T or 1, D)
         # a convolution's may have more at the end
-        self.positions[:, : self._width, layer, d].index_add_(0, rows, products[:, : self._width])
+        self._note(
+            number, rows, products.sum(1), lambda positions: positions[:, :width].index_add_(0, rows, products[:, :width])
+        )
+
+    def _note(self, number: int, rows: Tensor, products: Tensor, by_position: Callable[[Tensor], Any]) -> None:
+        self.effects[:, number].index_add_(0, rows, products)
+        if self.positions is not None:
+            by_position(self.positions[:, :, self.layer_of[number]])
 
 
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """(n, k), (n, k) -> (n,) float64: the inner products of rows, in float32 or wider."""
-    kind = wide(a.dtype)
-    return torch.bmm(a.to(kind).unsqueeze(1), b.to(kind).unsqueeze(2)).flatten().double()
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """(n, D, k), (n, k) -> (n, D) float64: the inner products of rows, in float32 or wider."""
+    kind = wide(b.dtype)
+    return torch.bmm(a.to(kind), b.to(kind).unsqueeze(2)).squeeze(2).double()
 
 
 @dataclass
@@ -147,6 +155,7 @@ class _Call:
     """One call of a site: how its inputs go together again."""
 
     tap: Tap
+    number: int
     site: Site
     inputs: list[Any]
     tensors: list[int]

@@ -106,7 +106,8 @@ def load_model(
         raise ValueError(f"{path}: its {', '.join(other[:3])} is of another shape than its config.json says")
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{path}: its files lack {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}")
-    if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+    finite = torch.stack([weight.isfinite().all() for weight in model.parameters()]).tolist()  # where they are, asked once
+    if broken := [name for (name, _), whole in zip(model.named_parameters(), finite, strict=True) if not whole]:
         raise ValueError(f"{path}: its weights are not finite: {', '.join(broken[:3])}{' and more' if len(broken) > 3 else ''}")
     return model.to(device)  # type: ignore[arg-type]
 
@@ -172,12 +173,17 @@ def _supported(attention: str, config: PreTrainedConfig) -> str:
     return "eager" if attention == "sdpa" and not getattr(model, "_supports_sdpa", True) else attention
 
 
+def new_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer of at most `size` tokens, trained on `texts`."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, size, special_tokens=["<pad>", "<eos>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
 def new_model(path: str, texts: list[str], seed: int, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """A model of the config.json at `path` with random weights, and a byte-level BPE tokenizer trained on `texts`."""
     config = AutoConfig.from_pretrained(path)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, config.get_text_config().vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = new_tokenizer(texts, config.get_text_config().vocab_size)
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=_supported(attention(device), config))

@@ -68,6 +68,7 @@ class Work:
         tokens, labels: of a long row.
         optimizer: bytes of state a trained parameter, for float32 weights.
         checkpoints: how many the run leaves; `saved`: bytes a number in them; `merged`: with adapters also the whole model.
+        gradients: how many are kept apart in a step; `average`: and a moving average of one.
         norms, offload: of the G-effects: with the gradient's norm; V in CPU memory.
     """
 
@@ -88,6 +89,8 @@ class Work:
     merged: bool = False
     norms: bool = True
     offload: bool = False
+    gradients: int = 1
+    average: bool = False
 
 
 @dataclass
@@ -174,7 +177,9 @@ def training(shape: Shape, work: Work) -> Need:
     memory = held(shape, work)
     if work.lora:
         memory["adapters"] = float(FULL * p)
-    memory["gradients"] = width(work) * p / work.shards
+    memory["gradients"] = work.gradients * width(work) * p / work.shards
+    if work.average:
+        memory["average gradient"] = width(work) * p / work.shards
     memory["optimiser"] = optimiser(shape, work)
     if shape.tied and not work.lora:  # both uses' gradients before they are added
         memory["gradients of the tied head"] = 2.0 * width(work) * shape.vocabulary * shape.hidden
@@ -191,6 +196,7 @@ def training(shape: Shape, work: Work) -> Need:
     if work.reference:
         memory["logits of the reference"] = logits(shape, work.rows * work.labels, 5, work.bf16)
     disk = {"checkpoints": float(work.checkpoints * work.saved * p), "to go on from": 2 * (FULL + work.optimizer) * p}
+    disk["to go on from"] += 2.0 * width(work) * p * work.average
     if work.lora and work.merged:
         disk["merged model"] = float(work.saved * shape.parameters)
     return Need("training", memory, disk, 1 if work.gpu else FRAGMENTS)

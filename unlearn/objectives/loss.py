@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unlearn.models.adapters import adapters_off
 from unlearn.models.evaluating import in_eval_mode
+from unlearn.objectives.dual import Dual
 from unlearn.objectives.needs import OF_REFERENCE, Objective, looks_at_layers, needs_of
 from unlearn.objectives.tokens import Counts, Layer, Tokens, label_positions, outputs_at, token_outputs
 
@@ -26,6 +27,7 @@ class Loss:
         objective: function of (Tokens, Counts), as in `unlearn.objectives.functions`.
         retain: the same for the retain rows, or None.
         weight: of the retain term.
+        dual: the weight as a variable of the run, with the bound that the retain term is held below; in place of `weight`.
         layer: the layer whose output the two look at, or several, or None.
         noise: (d,) fixed random vector of the run, given to both beside the layer's output.
         reference: the reference model, held only where one of the two needs its distributions or layers: a frozen one, or the
@@ -40,12 +42,15 @@ class Loss:
     noise: Tensor | None = None
     reference: nn.Module | None = None
     refusal: Tensor | None = None
+    dual: Dual | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the objective or the retain term looks at a layer, and none is given."""
+        """Raises ValueError where the objective or the retain term looks at a layer and none is given, or dual has no term."""
         for name in PARTS:
             if self.layer is None and looks_at_layers(getattr(self, name)):
                 raise ValueError(f"the {name.replace('retain', 'retain term')} looks at a layer's output: give layer=N")
+        if self.dual is not None and self.retain is None:
+            raise ValueError("the dual variable is a retain term's weight: give a retain term")
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The batch's share of the step's loss, in parts that add up to it.
@@ -55,15 +60,17 @@ class Loss:
         `labels` (B, T); `n_forget`; the step's `forget_counts` and `retain_counts`; where needed `ref_nll` (M,) of the forget
         rows, and likewise `second_ref_nll`, `retain_ref_nll`, `retain_second_ref_nll`; and where rows have other than one
         second answer each, `second_of` and `retain_second_of`, which row (of their kind) each is of, in order.
+        It may know its label tokens: `at`, and `n_tokens` of forget rows, retain rows and the former's second answers.
         """
         return self.of_tokens(token_outputs(model, batch, self.layer), batch)
 
     def of_tokens(self, tokens: Tokens, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The same from the batch's label tokens. A part without rows is left out."""
         n_forget, n_retain, n_second, _ = row_counts(batch)
-        forget, others = tokens.split(n_forget)
-        retain, others = others.split(n_retain)
-        second, beside = others.split(n_second)
+        of_forget, of_retain, of_second = batch.get("n_tokens", (None, None, None))
+        forget, others = tokens.split(n_forget, of_forget)
+        retain, others = others.split(n_retain, of_retain)
+        second, beside = others.split(n_second, of_second)
         known = batch["reference"] if "reference" in batch else self.reference_outputs(batch)
         parts = {}
         if n_forget:
@@ -75,7 +82,9 @@ class Loss:
             retain = self._given(retain, batch.get("retain_ref_nll"), known.get("retain", {}))
             beside = replace(beside, ref_nll=batch.get("retain_second_ref_nll"))
             counts = Counts(*batch["retain_counts"])
-            parts["retain"] = self.weight * over_pairs(self.retain, retain, beside, counts, batch.get("retain_second_of"))
+            share = over_pairs(self.retain, retain, beside, counts, batch.get("retain_second_of"))
+            weighed = self.weight * share if self.dual is None else self.dual.weigh(share, n_retain / counts.rows)
+            parts["retain"] = weighed
         return parts
 
     def _given(self, tokens: Tokens, ref_nll: Tensor | None, reference: Mapping[str, Any]) -> Tokens:

@@ -5,14 +5,14 @@ Letters: B rows, T tokens of the longest of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unlearn.objectives.tokens import IGNORE
+from unlearn.objectives.tokens import IGNORE, label_positions
 
 # input_ids and labels, each (T,); ref_nll, (label tokens,), where there is a reference; `second`, such a row or a list of
 # such rows, where needed
@@ -117,7 +117,32 @@ def forget_batch(rows: Sequence[Row], beside: Sequence[Row], pad: int) -> dict[s
         batch[f"n_{kind}second"] = len(second[kind])
         if any(isinstance(row.get("second"), list) for row in of):
             batch[f"{kind}second_of"] = torch.tensor([i for i, row in enumerate(of) for _ in seconds(row)])
+    batch["at"] = label_positions(batch["labels"])  # here, on the CPU: where the batch goes it would be waited for
+    row, ends = batch["at"] // batch["labels"].shape[1], [0, len(rows), len(rows) + len(beside)]
+    ends.append(ends[-1] + len(second[""]))
+    before = [int((row < end).sum()) for end in ends]
+    batch["n_tokens"] = tuple(b - a for a, b in zip(before, before[1:], strict=False))
     return batch | {"n_forget": len(rows)}
+
+
+def parts_of(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A batch's rows to forget, with their second answers, and those beside them, as two batches of the same step."""
+    n, b = batch["n_forget"], len(batch["labels"])
+    n_second, n_beside = batch.get("n_second", 0), batch.get("n_retain_second", 0)
+    seconds_at = b - n_second - n_beside
+    of_forget = [*range(n), *range(seconds_at, b - n_beside)]
+    of_retain = [*range(n, seconds_at), *range(b - n_beside, b)]
+    parts = []
+    for rows, sizes, other in (
+        (of_forget, {"n_forget": n, "n_second": n_second, "n_retain_second": 0}, "retain"),
+        (of_retain, {"n_forget": 0, "n_second": 0, "n_retain_second": n_beside}, "forget"),
+    ):
+        part = dict(batch) | sizes | {key: batch[key][rows] for key in ("input_ids", "attention_mask", "labels")}
+        parts.append(part | ({"rows": batch["rows"] | {other: []}} if "rows" in batch else {}))
+    for key in ("ref_nll", "second_ref_nll", "second_of"):
+        parts[0].pop(f"retain_{key}", None)
+        parts[1].pop(key, None)
+    return parts[0], parts[1]
 
 
 def counts(rows: Sequence[Row]) -> tuple[int, int]:

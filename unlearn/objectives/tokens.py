@@ -80,10 +80,16 @@ class Tokens:
         """(M,) how many label tokens of its row stand before each."""
         return torch.arange(len(self.row), device=self.row.device) - torch.searchsorted(self.row, self.row)
 
-    def split(self, n: int) -> tuple[Tokens, Tokens]:
-        """The tokens of the first `n` rows, and those of the rest."""
-        m = int((self.row < n).sum())
-        first, rest = self._at(slice(None, m)), self._at(slice(m, None))
+    def split(self, n: int, m: int | None = None) -> tuple[Tokens, Tokens]:
+        """The tokens of the first `n` rows, and those of the rest.
+
+        Args:
+            m: how many those rows have; None: they are counted, for which a GPU is waited for.
+        """
+        m = int((self.row < n).sum()) if m is None else m
+        size = len(self.row)  # all of them are not cut out: a slice's gradient is a copy with zeros around
+        first = self if m == size else self._at(slice(None, m))
+        rest = self if m == 0 else self._at(slice(m, None))
         return replace(first, n_rows=n), replace(rest, row=rest.row - n, n_rows=self.n_rows - n)
 
     def take(self, rows: Tensor) -> Tokens:
@@ -102,6 +108,11 @@ def label_positions(labels: Tensor) -> Tensor:
     """(B, T) labels -> (M,) indices into B * T of the positions that predict a label token."""
     predicts = F.pad(labels[:, 1:] != IGNORE, (0, 1))  # position t predicts token t + 1
     return predicts.flatten().nonzero().squeeze(1)
+
+
+def positions_of(batch: Mapping[str, Any]) -> Tensor:
+    """The same of a batch, which may know them as `at`: a GPU is waited for to find them."""
+    return batch["at"] if "at" in batch else label_positions(batch["labels"])
 
 
 @contextmanager
@@ -167,7 +178,7 @@ def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: Layer = Non
         ValueError: the model has no layer of that number.
     """
     labels = batch["labels"]
-    at = label_positions(labels)
+    at = positions_of(batch)
     logits, hidden = outputs_at(model, batch, at, layer)
     label = labels.flatten()[at + 1]
     nll = F.cross_entropy(logits, label, reduction="none")

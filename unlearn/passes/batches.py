@@ -113,7 +113,7 @@ def n_rows(batch: Batch) -> int:
 
 
 def on(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def progress(batches: Sequence[Batch], what: str, device: torch.device) -> Iterator[Batch]:

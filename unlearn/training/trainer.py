@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,28 @@ from unlearn.models.adapters import has_adapters
 from unlearn.models.checkpoints import load_weights, no_bars
 from unlearn.models.evaluating import enable_gradient_checkpointing, evaluating
 from unlearn.models.sharding import all_finite, few_are_trained, is_sharded, unreduced, whole, whole_state
+from unlearn.models.vectors import trainable
 from unlearn.objectives.loss import Loss
+from unlearn.objectives.rows import parts_of
 from unlearn.passes.batches import on
+from unlearn.training.ascent import Ascent
+from unlearn.training.gradients import TwoGradients
 from unlearn.training.logs import Progress, StepLog, logger_into, peak_memory
 from unlearn.training.resuming import StopAtStepEnd, checkpoints, last_whole, where_to_start
+from unlearn.training.rules import Rule
 
 Publish = Callable[[PreTrainedModel, dict[str, Tensor], int], None]
 
 SHARDED_STATE = "optimizer_and_scheduler.pt"
+OWN_STATE = "rule_and_dual.pt"  # a rule's moving average, and the dual variable
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. `steps` optimiser steps; the learning rate warms up over `warmup_steps`, then falls linearly to 0."""
+    """How to train. `steps` optimiser steps; the learning rate warms up over `warmup_steps`, then falls linearly to 0.
+
+    `rule` makes the step of the objective's and the retain term's gradients; None: the gradient of their sum, formed at once.
+    """
 
     steps: int
     warmup_steps: int
@@ -51,6 +61,7 @@ class Settings:
     optim: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     logger: str | None = None
+    rule: Rule | None = None
 
 
 class StepTrainer(Trainer):
@@ -60,13 +71,14 @@ class StepTrainer(Trainer):
     `Trainer` would average. Item i belongs to process i mod (number of processes).
     """
 
-    def __init__(self, loss: Loss, publish: Publish | None, **kwargs: Any) -> None:
+    def __init__(self, loss: Loss, publish: Publish | None, rule: Rule | None = None, **kwargs: Any) -> None:
         # A compute_loss_func tells Trainer that the loss needs no division by the accumulation steps.
         super().__init__(data_collator=lambda items: items[0], compute_loss_func=loss, **kwargs)
         assert self.accelerator.ddp_handler is not None
         self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else DDP's buckets are a second copy of the gradients
         self.loss, self.publish = loss, publish
         self.batches = kwargs["train_dataset"]
+        self.two = None if rule is None else TwoGradients(rule, trainable(self.model))  # type: ignore[arg-type]
         self.sharded = isinstance(self.model, nn.Module) and is_sharded(self.model)
         if self.sharded:
             self._run_in_shards()
@@ -79,12 +91,28 @@ class StepTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         self._sums: dict[str, Any] = {"tokens": 0}
         self._losses: list[tuple[dict[str, list[int]], Tensor]] = []
+        self._compared: dict[str, float] = {}
+        self._left = num_batches
         return [next(epoch_iterator) for _ in range(num_batches)], None  # the batches carry their counts
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Under a rule the objective's and the retain term's rows pass one after the other, each for its own gradient."""
+        if self.two is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        losses = []
+        for of, part in zip(("forget", "retain"), parts_of(inputs), strict=True):
+            with self.accelerator.no_sync(model), self.two.into(of):  # type: ignore[arg-type]
+                losses.append(super().training_step(model, part, *args, **kwargs))
+        self._left -= 1
+        if not self._left:
+            self._compared = self.two.step()
+        return torch.stack(losses).sum()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         if not self._losses:
             self._began = time.perf_counter()  # of the step; what callbacks did before it is not its own
-        parts = self.loss(model, inputs)
+        with nullcontext() if self.loss.dual is None else self.loss.dual.watching():
+            parts = self.loss(model, inputs)
         total = sum(parts.values())
         for name, value in (parts | {"tokens": inputs["attention_mask"].sum()}).items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
@@ -98,9 +126,12 @@ class StepTrainer(Trainer):
             FloatingPointError: loss or gradient is not finite; nothing of the step is saved yet.
         """
         if "loss" in logs:
-            sums = {name: value.item() for name, value in self.accelerator.reduce(self._sums, reduction="sum").items()}
+            reduced = self.accelerator.reduce(self._sums, reduction="sum")
+            values = torch.stack([value.double() for value in reduced.values()]).tolist()  # waited for once
+            sums = dict(zip(reduced, values, strict=True))
             speed = sums.pop("tokens") / (time.perf_counter() - self._began)
-            logs |= sums | {"tokens_per_second": round(speed, 1), "peak_memory_gib": round(peak_memory() / 2**30, 3)}
+            logs |= sums | self._compared | ({} if self.loss.dual is None else {"dual": self.loss.dual.value})
+            logs |= {"tokens_per_second": round(speed, 1), "peak_memory_gib": round(peak_memory() / 2**30, 3)}
         super().log(logs, *args, **kwargs)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
@@ -152,7 +183,7 @@ class StepTrainer(Trainer):
         prepare, clip = self.accelerator.prepare_model, self.accelerator.clip_grad_norm_
         self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: whole(clip(*args, **kwargs))
-        if few_are_trained(self.model):  # type: ignore[arg-type]
+        if self.two is None and few_are_trained(self.model):  # type: ignore[arg-type]
             self.accelerator.no_sync = lambda model: unreduced(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -164,6 +195,10 @@ class StepTrainer(Trainer):
             self._save(output_dir, state_dict=weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        average = {} if self.two is None else self.two.state()
+        own = {"average": average, "dual": None if self.loss.dual is None else self.loss.dual.value}
+        if self.args.should_save and (average or self.loss.dual is not None):
+            torch.save(own, Path(output_dir, OWN_STATE))
         if not self.sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
         full = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -173,6 +208,12 @@ class StepTrainer(Trainer):
             torch.save(state, Path(output_dir, SHARDED_STATE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and Path(checkpoint, OWN_STATE).exists():
+            own = torch.load(Path(checkpoint, OWN_STATE), weights_only=True, map_location="cpu")
+            if self.two is not None:
+                self.two.load_state(own["average"])
+            if self.loss.dual is not None:
+                self.loss.dual.value = own["dual"]
         if checkpoint is None or not self.sharded:
             return super()._load_optimizer_and_scheduler(checkpoint)
         state = torch.load(Path(checkpoint, SHARDED_STATE), weights_only=True, map_location="cpu")
@@ -225,7 +266,7 @@ def train(
     if loss.layer is not None and not is_sharded(model):
         freeze_unreached(model, loss, batches[0], settings.bf16)
     start = where_to_start(resume)
-    progress = Progress()
+    progress, ascent = Progress(), [] if loss.dual is None else [Ascent(loss.dual)]
     with SoftStop() as soft, logger_into(run / "logs", settings.logger):
         trainer = StepTrainer(
             loss=loss,
@@ -233,7 +274,8 @@ def train(
             model=model,
             args=_arguments(settings, run),
             train_dataset=batches,
-            callbacks=[StepLog(run / "logs" / "train.jsonl"), *callbacks, StopAtStepEnd(soft)],
+            rule=settings.rule,
+            callbacks=[StepLog(run / "logs" / "train.jsonl"), *ascent, *callbacks, StopAtStepEnd(soft)],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
