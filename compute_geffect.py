@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app import door, measuring, planning
-from app.checks import check_checkpoint, check_folder, check_layer
+from app.checks import check_checkpoint, check_folder, check_gradient, check_layer, check_trainable
 from app.data import check_unlearning_data, data_of
 from app.families import Family
 from app.filling import of_run, with_family
@@ -42,7 +42,9 @@ def prepare(settings: GEffects) -> tuple[GEffects, Family]:
     settings, family = with_family(of_run(settings, run))
     check_unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
     settings = settings.model_copy(update={"model_path": original_of(settings, family)})
+    check_gradient(settings.method, "method", "give method=METHOD")
     check_layer(settings.model_path, layer_of(settings.method, settings.retain))
+    check_trainable(settings.trainable, settings.model_path, settings.LoRA)
     check_wanted(settings)
     find_steps(settings)
     parse_sweep(settings)

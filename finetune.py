@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app import door, planning
-from app.checks import check_checkpoint, check_disk, check_folder, check_logger, check_optimizer, count_steps
+from app.checks import check_checkpoint, check_disk, check_folder, check_logger, check_optimizer, check_trainable, count_steps
 from app.data import check_finetune_data, data_of, finetune_rows, finetune_sets
 from app.families import Family
 from app.filling import with_family
@@ -38,6 +38,7 @@ def prepare(settings: Finetune) -> tuple[Finetune, Family]:
     check_optimizer(settings.optim, settings.parallel)
     if not family.from_scratch:
         check_checkpoint("hf_key", family.hf_key)
+    check_trainable(settings.trainable, family.hf_key, settings.LoRA)
     folder = Path(settings.save_dir or finetuned_folder(settings, family))
     settings = settings.model_copy(update={"save_dir": str(folder)})
     check_folder(folder)

@@ -1,24 +1,31 @@
 """Unlearn a forget split from a fine-tuned model, with one of the objectives of config/method and a retain term.
 
-    python forget.py model_family=phi split=forget05 method=npo retain=kl
-
-`basher1.py` is the short way.
+python forget.py model_family=phi split=forget05 method=npo retain=kl    (basher1.py is the short way)
 """
 
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app import door, planning
-from app.checks import check_disk, check_folder, check_layer, check_logger, check_optimizer, check_rule, count_steps
+from app.checks import (
+    check_disk,
+    check_folder,
+    check_layer,
+    check_logger,
+    check_method,
+    check_optimizer,
+    check_rule,
+    check_trainable,
+    count_steps,
+)
 from app.data import check_unlearning_data, data_of, unlearning_data
 from app.evaluating import no_nan, told
 from app.families import Family
 from app.filling import with_family
-from app.methods import RETAINED, layer_of
+from app.methods import layer_of
 from app.runs import (
     check_run,
     checkpoints,
@@ -50,10 +57,9 @@ def prepare(settings: Forget) -> tuple[Forget, Family]:
     check_logger(settings.logger)
     check_optimizer(settings.optim, settings.parallel)
     settings = settings.model_copy(update={"model_path": original_of(settings, family)})
-    method, retain = settings.method, settings.retain
-    if method.name in RETAINED and retain.name != method.name:
-        raise ValueError(f"retain={retain.name}: method={method.name} is ga with the retain term {method.name} already")
-    check_layer(settings.model_path, layer_of(method, retain))
+    check_method(settings)
+    check_layer(settings.model_path, layer_of(settings.method, settings.retain))
+    check_trainable(settings.trainable, settings.model_path, settings.LoRA)
     folder = Path(settings.save_dir or run_folder(settings))
     settings = settings.model_copy(update={"save_dir": str(folder)})
     check_folder(folder)
@@ -78,8 +84,7 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     from app.building import build_loss, how_to_train, load_to_train, step_batches, with_reference, with_second
     from dataloader import beside_rows, idk_rows
     from unlearn.geffect import GEffectCallback, Meter, Target, Wanted
-    from unlearn.models.checkpoints import pad_id, save_checkpoint
-    from unlearn.models.vectors import trainable
+    from unlearn.models.checkpoints import load_weights, pad_id
     from unlearn.passes.forcing import Pass, token_mean, token_nlls
     from unlearn.reporting.figures import draw
     from unlearn.reporting.score_figures import draw_scores
@@ -88,9 +93,7 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
 
     bf16 = use_bfloat16(settings.dtype, family.dtype)
     tokenizer, model = load_to_train(settings, family, settings.model_path, folder)
-    trained = sum(parameter.numel() for parameter in trainable(model).values())
-    # `prepare` can't tell for a hub's model, or for adapters
-    check_disk(settings, checkpoints(settings, steps), trained, settings.keep_last)
+    building.check_room(settings, model, checkpoints(settings, steps))  # not known before for a hub's model, or for adapters
     reference = building.reference_of(model) if building.compares(settings.method, settings.retain) else None
     building.split_up(settings, bf16, model, reference)
     tokenize, pad = building.tokenizing(settings, family, tokenizer, model), pad_id(tokenizer)
@@ -102,9 +105,8 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     open_run(folder, settings, made_of(settings))
     how = Pass(model, pad, tokenizer.eos_token_id, bf16, tokens_per_batch=settings.tokens_per_batch)
     before = {name: token_nlls(how, rows, f"{name} loss before") for name, rows in measured.items()}
-    answers = settings.method.answers
-    target = with_second(measured[answers], data.forget, settings.method, settings.seed, tokenize)
-    target = with_reference(target, settings.method, how, before[answers])  # the model before unlearning is the reference
+    target = with_second(measured[settings.method.answers], data.forget, settings.method, settings.seed, tokenize)
+    target = with_reference(target, settings.method, how, before[settings.method.answers])  # as yet it is the reference
     retain = with_reference(retain, settings.retain, how)
     loss = build_loss(settings.method, settings.retain, settings.seed, model, reference, tokenizer, steps)
     building.save_noise(settings, loss)
@@ -115,19 +117,20 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
         beside = beside_rows(retain, wanted.retain_rows, len(target), settings.seed)
         risks = {"unlearn": measured["forget"], "retain": measured["retain"]}
         parts = Wanted(instances=wanted.instances, norms=wanted.norms)
-        at_once = settings.tokens_per_batch
-        of = Target(loss, target, beside)
-        meter = Meter(model, of, risks, pad, parts, bf16=bf16, offload=wanted.offload, tokens_per_batch=at_once)
+        meter = Meter(model, Target(loss, target, beside), risks, pad, parts, bf16=bf16, offload=wanted.offload)
+        meter.budget = how.budget
         callbacks.append(GEffectCallback(meter, wanted.every, folder / "geffect"))
     if settings.eval.every:
         rows = {name: measured[name] for name in ("forget", "retain")}
         callbacks.append(ScoreCallback(how, rows, settings.eval.every, folder / "scores.csv"))
     cut = building.cut_as_run(settings, family, model)
     batches = step_batches(cut, target, retain, steps, tokenizer, len(data.held_out))
-    publish = partial(save_checkpoint, folder, tokenizer, settings.save_dtype, settings.keep_last)
+    publish = building.publisher(settings, folder, tokenizer, model)
     began = time.time()
     train(model, loss, batches, how_to_train(cut, family, steps, per_epoch), folder, publish, callbacks)
     seconds = time.time() - began
+    if settings.method.negate is not None:  # the model is not what is published
+        load_weights(model, str(folder / f"checkpoint-{steps}"))
     after = {name: token_nlls(how, rows, f"{name} loss after") for name, rows in measured.items()}
     losses = {name: {"start": token_mean(before[name]), "end": token_mean(after[name])} for name in measured}
     if is_main_process():

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from hydra.utils import instantiate
 
 import dataloader
+from app.checks import check_disk
 from app.families import Family
 from app.methods import layer_of
 from app.planning import work_of
@@ -21,13 +22,15 @@ from app.settings import Forget, GEffects, Method, Retain, Training
 from unlearn.io.files import written_beside
 from unlearn.models import plan
 from unlearn.models.adapters import LoRA, add_lora, has_adapters
-from unlearn.models.checkpoints import base_on_disk, load, pad_id
+from unlearn.models.checkpoints import base_on_disk, load, pad_id, save_checkpoint
 from unlearn.models.sharding import shard
+from unlearn.models.trained import negated, state_before, train_only
 from unlearn.objectives.dual import Dual
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.needs import needs_of, needs_reference
 from unlearn.passes.forcing import Pass, with_ref_nll
 from unlearn.training.rules import Rule
+from unlearn.training.trainer import Publish
 from unlearn.training.trainer import Settings as HowToTrain
 from utils import is_main_process, model_device, processes, say, use_bfloat16
 
@@ -58,9 +61,15 @@ def load_to_train(
 
 
 def adapt(model: PreTrainedModel, settings: Training | GEffects, base: str) -> None:
-    """Give the model adapters where the settings have some; `base`: where the model is loaded from when they are."""
+    """Give the model adapters where the settings have some, and freeze what they do not train.
+
+    Args:
+        base: where the model is loaded from when adapters are.
+    """
     if settings.LoRA.r:
         add_lora(model, LoRA(**settings.LoRA.model_dump()), settings.seed, base)
+    if settings.trainable is not None:
+        train_only(model, settings.trainable)
 
 
 def split_up(settings: Training | GEffects, bf16: bool, *models: PreTrainedModel | None) -> None:
@@ -68,6 +77,13 @@ def split_up(settings: Training | GEffects, bf16: bool, *models: PreTrainedModel
     for model in dict.fromkeys(models) if settings.parallel == "fsdp" else ():
         if model is not None:
             shard(model, bf16)
+
+
+def check_room(settings: Forget, model: PreTrainedModel, checkpoints: set[Path]) -> None:
+    """Raises ValueError where the disk has no room for what the run has yet to write of the model, as it is trained."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    saved = trained if settings.LoRA.r else model.num_parameters()
+    check_disk(settings, checkpoints, saved, settings.keep_last, trained)
 
 
 def reference_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -106,7 +122,7 @@ def gpu_memory() -> int:
 def _needs(settings: Training, family: Family, model: PreTrainedModel, rows: int) -> float:
     """Bytes that a training step of so many rows at once takes of a GPU, by the plan's arithmetic; with V, where it is kept."""
     work = replace(work_of(settings, family), rows=rows, gpu=True, shards=processes() if settings.parallel == "fsdp" else 1)
-    shape = plan.shape_of_model(model)
+    shape = plan.shape_of(model.config)
     kept = isinstance(settings, Forget) and settings.geffect.every > 0 and not settings.geffect.offload
     return plan.training(shape, work).peak + (plan.measuring(shape, work, True).memory["directions V"] if kept else 0)
 
@@ -269,3 +285,20 @@ def save_noise(settings: Forget, loss: Loss) -> None:
 
         with written_beside(Path(str(settings.save_dir), "noise.safetensors")) as beside:
             save_file({"noise": loss.noise.cpu()}, beside)
+
+
+def publisher(settings: Forget, folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Publish:
+    """What saves the run's checkpoints: the trained weights, or what is left where the method subtracts what it trains.
+
+    Args:
+        model: before it is trained.
+    """
+    save = partial(save_checkpoint, folder, tokenizer, settings.save_dtype, settings.keep_last)
+    if (scale := settings.method.negate) is None:
+        return save
+    before = state_before(model)
+
+    def publish(model: PreTrainedModel, weights: dict[str, Tensor], step: int) -> None:
+        save(model, negated(weights, before, scale), step)
+
+    return publish

@@ -13,8 +13,9 @@ from typing import Any
 
 from app.data import on_hub
 from app.families import Family, load_families
+from app.methods import RETAINED
 from app.places import CONFIG
-from app.settings import BYTES, OPTIMIZERS, Forget, Training
+from app.settings import BYTES, OPTIMIZERS, Adapters, Forget, InheritedAdapters, Method, Training
 from unlearn.io.rows import read_object
 from unlearn.io.weights import base_of, is_checkpoint, why_no_checkpoint
 from utils import processes
@@ -91,16 +92,20 @@ def nearest(folder: Path) -> Path:
     return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
 
 
-def check_disk(settings: Training, checkpoints: set[Path], parameters: int, keep_last: int | None = None) -> None:
+def check_disk(
+    settings: Training, checkpoints: set[Path], parameters: int, keep_last: int | None = None, trained: int | None = None
+) -> None:
     """Raises ValueError where the disk has no room for what the run has yet to write.
 
     That is those of its `checkpoints` that are not there, of `parameters` numbers each, and what a killed run goes on from:
-    float32 weights and the optimiser's numbers, twice, for a new one is written before the old one goes.
+    float32 weights and the optimiser's numbers (of those that are `trained`; None: of all), twice, for a new one is written
+    before the old one goes.
     """
     folder = Path(str(settings.save_dir))
     missing = sum(not is_checkpoint(checkpoint) for checkpoint in checkpoints)
     missing += missing > 0 and keep_last is not None  # a new one is written before an old one goes
-    state = round(parameters * (BYTES["float32"] + OPTIMIZERS[settings.optim].state))
+    trained = parameters if trained is None else trained
+    state = round(parameters * BYTES["float32"] + trained * OPTIMIZERS[settings.optim].state)
     there = sum(file.stat().st_size for file in folder.glob("resume/**/*") if file.is_file())
     needed = missing * parameters * BYTES[settings.save_dtype] + (max(0, 2 * state - there) if missing else 0)
     free = shutil.disk_usage(nearest(folder)).free
@@ -180,6 +185,44 @@ def check_layer(model_path: str, layer: int | Sequence[int] | None) -> None:
     deepest = layer if isinstance(layer, int) else max(layer)
     if depth is not None and deepest > depth:
         raise ValueError(f"method.layer={layer}: {model_path} has 0 (its embeddings) to {depth} (after its final norm)")
+
+
+def check_trainable(pattern: str | None, path: str, adapters: Adapters | InheritedAdapters) -> None:
+    """Raises ValueError where the pattern is found in no trained parameter's name of the model (if its config.json is here)."""
+    if pattern is None or (config := model_config(path)) is None:
+        return
+    from transformers import AutoConfig
+
+    from unlearn.models.adapters import LoRA
+    from unlearn.models.trained import matching, names_of
+
+    lora = LoRA(**adapters.model_dump()) if adapters.r else None
+    matching(pattern, names_of(AutoConfig.for_model(**config), lora))
+
+
+def check_method(settings: Forget) -> None:
+    """Raises ValueError where the method does not go with the retain term; or with measuring while it trains, what it trains
+    being subtracted afterwards."""
+    method, retain = settings.method, settings.retain
+    if method.name in RETAINED and retain.name != method.name:
+        raise ValueError(f"retain={retain.name}: method={method.name} is ga with the retain term {method.name} already")
+    if method.negate is None:
+        return
+    who = f"method={method.name} subtracts what it trains (method.negate)"
+    if retain.term:
+        raise ValueError(f"retain={retain.name}: {who}, so that a retain term would be subtracted too; retain=none")
+    for group, what in (("geffect", "compute_geffect.py"), ("eval", "evaluation_everything.py")):
+        if every := getattr(settings, group).every:
+            raise ValueError(
+                f"{group}.every={every}: {who}, and while it trains the weights are not the unlearned ones; {what} measures its"
+                " checkpoints"
+            )
+
+
+def check_gradient(method: Method, key: str, instead: str) -> None:
+    """Raises ValueError where the method's objective is trained at other weights than the unlearned ones."""
+    if method.negate is not None:
+        raise ValueError(f"{key}={method.name}: it has no gradient at the unlearned weights; {instead}")
 
 
 def shapes() -> dict[str, Any]:

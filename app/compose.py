@@ -82,7 +82,7 @@ def check_open(name: str, found: dict[str, Any]) -> None:
     fields = OPEN[name].model_fields
     of_file = flatten(group(name, str(found["name"]), *hyper))
     for key, value in flatten(found).items():
-        if key not in of_file and key in fields:
+        if key in fields:
             continue  # it has its own check
         if key not in of_file:
             parent = key.rpartition(".")[0]

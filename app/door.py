@@ -112,8 +112,11 @@ def split_flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def quote(word: str) -> str:
-    """key=value as Hydra reads it where the value is a path with a = of its own (.../ga_..._seed=1) or such signs."""
+    """key=value as Hydra reads it where the value is a path with a = of its own (.../ga_..._seed=1) or such signs, or a
+    regular expression."""
     key, _, value = word.partition("=")
+    if key == "trainable" and value != "null" and not re.match(r"['\"]", value):
+        return "trainable='" + value.replace("'", "\\'") + "'"
     if "=" not in word or word.startswith("-") or re.match(r"['\"\[{$]", value):
         return word
     if not re.fullmatch(r"[A-Za-z0-9_./:-]*", value) and Path(value).exists():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.checks import check_layer
+from app.checks import check_gradient, check_layer
 from app.compose import compose
 from app.families import Family
 from app.methods import layer_of, parse_method
@@ -60,6 +60,7 @@ def parse_sweep(settings: GEffects) -> Objectives:
             raise ValueError(f"sweep={entry}: {number!r} is no number; entries are METHOD or METHOD:HYPER") from None
         one = compose("forget", [*parse_method(name), *([] if hyper is None else [f"hyper_param={hyper:g}"])])
         found[name, hyper] = method, _ = Method.model_validate(one["method"]), Retain.model_validate(one["retain"])
+        check_gradient(method, "sweep", "leave it out")
         check_layer(settings.model_path, layer_of(method, found[name, hyper][1]))
     return found
 

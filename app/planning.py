@@ -102,7 +102,7 @@ def work_of(settings: Common, family: Family) -> Work:
         "optimizer": 0,
     }
     if isinstance(settings, Training | GEffects):
-        work |= {"weight": BYTES[settings.weights], "lora": settings.LoRA.r or 0}
+        work |= {"weight": BYTES[settings.weights], "lora": settings.LoRA.r or 0, "trainable": settings.trainable}
         work["checkpointing"] = settings.gradient_checkpointing
     if isinstance(settings, Training):
         work |= {"optimizer": OPTIMIZERS[settings.optim].state, "saved": BYTES[settings.save_dtype]}
@@ -114,7 +114,7 @@ def work_of(settings: Common, family: Family) -> Work:
         retain = settings.retain.name != "none"
         norms = settings.norms if isinstance(settings, GEffects) else settings.geffect.norms
         work |= {"retain": retain, "reference": compares(settings.method, settings.retain), "norms": norms}
-        work["offload"] = settings.geffect.offload
+        work |= {"offload": settings.geffect.offload, "before": settings.method.negate is not None}
     return Work(**work)
 
 

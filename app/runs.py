@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,6 +25,7 @@ from utils import is_main_process, processes, versions
 
 # What a run is made of beside its settings, by its kind and name: {"data": {set: hash}, "models": {key: hash}}.
 MadeOf = Mapping[str, Mapping[str, str]]
+NOT_NOTED = {"trainable": None}  # of runs that were made before there was such a setting
 NOT_IN_NAMES = {"method.name", "method.run_name", "method.layer", "retain.name", "rule.name"}  # they stand there otherwise
 
 # ---- names ----
@@ -77,7 +79,13 @@ def suffix(settings: Training) -> str:
         changed["rule"] = here["rule.name"]
     copies = {f"method.objective.{key.removeprefix('method.')}" for key in changed}  # of a key that is named itself
     copies |= {f"rule.combine.{key.removeprefix('rule.')}" for key in changed}
-    return "".join(f"_{key}={value}" for key, value in sorted(changed.items()) if key not in copies)
+    return "".join(f"_{key}={in_name(value)}" for key, value in sorted(changed.items()) if key not in copies)
+
+
+def in_name(value: Any) -> str:
+    """A value as a folder's name has it: of a text with other signs than a path's own, or a long one, a hash stands behind."""
+    plain = re.sub(r"[^\w. -]", "", str(value))[:60] if isinstance(value, str) else str(value)
+    return plain if plain == str(value) else f"{plain}-{hash_text(value)[:8]}"
 
 
 def original_model(settings: Common, family: Family, key: str = "model_path") -> str:
@@ -139,6 +147,7 @@ def check_run(folder: Path, settings: Common, made_of: MadeOf | None = None, nam
         raise ValueError(f"{file}: holds no run's settings; mend it, or remove what it was written beside")
     before, now = flatten(there), flatten(run_settings(settings))
     may_differ = marked(type(settings), "may_differ") | ({"processes"} if not isinstance(settings, Training) else set())
+    before = NOT_NOTED | before
     differ = [key for key in now if key not in may_differ and before.get(key, now[key]) != now[key]]
     if differ:
         listed = "; ".join(f"{key}={before.get(key)} there, {now[key]} here" for key in differ)

@@ -52,6 +52,7 @@ TOKENS_PER_BATCH = setting(
     named=False,
     may_differ=True,
 )
+ONLY = "a regular expression: only parameters in whose full names it is found are trained, with adapters of these"
 ADAPTERS_LR = "with adapters ten times that"
 
 
@@ -115,6 +116,7 @@ class Method(Open):
     answers: Literal["forget", "idk"] = setting("forget", "whose answers carry the loss")
     second: str | None = setting(None, "the second answers, for an objective that needs them: idk, or a column of the rows")
     refusal: str | None = setting(None, "a text, for an objective whose tokens answers are to become")
+    negate: Positive | None = setting(None, "its checkpoints are the model before less so many times what training has added")
     objective: dict[str, Any]
 
 
@@ -221,6 +223,7 @@ class Training(Common):
         "true: a step's micro-batches in one, to rounding the same step; null: in as few as a GPU holds; false: as given",
         named=False,
     )
+    trainable: str | None = setting(None, f"{ONLY}; null: all")
     weight_decay: NotNegative = setting(0.0, "of the optimiser", named=False)
     max_grad_norm: NotNegative = setting(0, "0: no clipping")
     optim: Optim = setting("adamw_torch_fused", "8bit: with bitsandbytes; torch_8bit, torch_4bit: with torchao")
@@ -304,6 +307,7 @@ class GEffects(Common):
     sweep: list[Any] | None = setting(
         None, "also the totals of other objectives, in one pass: [ga,wga:1,wga:5,npo_kl:0.1,rmu_7:2]", may_differ=True
     )
+    trainable: str | None = setting(None, f"{ONLY}; null: the run's", inherited=True)
     geffect: OfCheckpoints = OfCheckpoints()
     LoRA: InheritedAdapters = InheritedAdapters()
     retain: Retain = setting(None, "config/retain; null: the run's")

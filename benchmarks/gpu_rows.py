@@ -172,7 +172,7 @@ def size_of(rows: Sequence[Tokenized]) -> tuple[int, int]:
 
 def operations(shape: plan.Shape, each: float, tokens: int, labels: int) -> float:
     """FLOP of `each` a weight and token; the head sees the labels' positions only. Attention's own are left out."""
-    return each * (tokens * sum(a * b for a, b in shape.linear) + labels * shape.vocabulary * shape.hidden)
+    return each * (tokens * sum(a * b for a, b in shape.linear.values()) + labels * shape.vocabulary * shape.hidden)
 
 
 def planned(made: Made, settings: Common, checkpointing: bool | None = None) -> tuple[plan.Shape, plan.Work]:
@@ -198,11 +198,11 @@ class Timed(Meter):
 def meter(bench: Bench, made: Made) -> Timed:
     """Of the row's settings, as compute_geffect.py makes it."""
     settings = made.settings
-    target = Target(build_loss(settings.method, settings.retain, bench.seed, made.model, None), made.forget)
+    target = Target(build_loss(settings.method, settings.retain, bench.seed, made.model, None, bench.tokenizer), made.forget)
     risks = dict(zip(RISKS, (made.forget, made.others), strict=True))
     wanted = Wanted(settings.instances, settings.norms)
     sweep = {
-        name: Target(build_loss(method, retain, bench.seed, made.model, None), made.forget)
+        name: Target(build_loss(method, retain, bench.seed, made.model, None, bench.tokenizer), made.forget)
         for name, (method, retain) in parse_sweep(settings).items()
     }
     return Timed(made.model, target, risks, made.how.pad, wanted, sweep, bf16=True, **bench.measured_in_batches())
@@ -293,7 +293,7 @@ def training(bench: Bench, row: Row) -> Numbers:
     """Tokens a second of forget.py's training, cut into micro-batches as it is there; the learning rate is 0."""
     made = make(bench, row, "forget", bench.data.retain, bench.held_out)
     settings, family, model = made.settings, made.family, made.model
-    loss = build_loss(settings.method, settings.retain, settings.seed, model, None)
+    loss = build_loss(settings.method, settings.retain, settings.seed, model, None, bench.tokenizer)
     as_run = cut_as_run(settings, family, model)
     steps = 1 + bench.steps
     batches = step_batches(as_run, made.forget, made.others if settings.retain.term else [], steps, bench.tokenizer)

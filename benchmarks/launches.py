@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 from measuring import now  # which finds the package, too
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,16 +95,18 @@ def random_rows(n: int, vocabulary: int) -> list[Row]:
 
 def llama(layers: int, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 128}
-    config = LlamaConfig(**sizes, num_hidden_layers=layers, tie_word_embeddings=False, attn_implementation=attention)
-    return LlamaForCausalLM(config).to(dtype)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 128}
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, tie_word_embeddings=False)
+    config._attn_implementation = attention
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.to(dtype)
 
 
 def cases(layers: int, weights: torch.dtype, bf16: bool) -> dict[str, Callable[[], Any]]:
     """What is counted, each as a call."""
     model, rows = llama(layers, weights), random_rows(16, 128)
     loss = Loss(objective=ga, retain=mean_nll)
-    [forget], [retain] = (set_batches(*of, batch_size=16, pad=0) for of in ((rows, []), ([], rows)))
+    [forget], [retain] = set_batches(rows, [], 16, 0), set_batches([], rows, 16, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:

@@ -28,7 +28,7 @@ CONFIGS = {"finetune": "finetune", "forget": "forget"}
 CONFIGS |= {"tofu_evaluation": "eval_tofu", "evaluation_everything": "eval_everything"}
 CLASSES: dict[str, tuple[Any, ...]] = {script: (SETTINGS[config],) for script, config in CONFIGS.items()}
 CLASSES["tofu_evaluation"] += (Aggregate,)
-METHODS = "ga, gd, idk, kl, npo, rmu, tnpo, wga, wtnpo"
+METHODS = "ga, gd, idk, kl, npo, rmu, task_vector, tnpo, wga, wtnpo"
 FAMILIES = "llama2-7b, phi"
 SPLITS = "forget01, forget05, forget10"
 SET = "settings are key=value"

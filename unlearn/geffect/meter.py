@@ -258,8 +258,9 @@ class Meter:
     def _backward(self, tap: Tap, batch: Batch) -> None:
         with tap.batch(batch):
             with self._autocast():
-                loss = sum(self.target.loss(self.model, batch).values())
-            loss.backward()  # type: ignore[union-attr]
+                loss: Any = sum(self.target.loss(self.model, batch).values())
+            if loss.requires_grad:  # one on a layer's output may depend on nothing that is trained
+                loss.backward()
 
     def tapped(self) -> Tables:
         """Layer x instance (x position), by the tapped backward pass; with norms, the whole gradient beside it."""

@@ -101,7 +101,9 @@ def add_gradient(
         for batch in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 found = loss(model, batch)
-            sum(found.values()).backward()  # type: ignore[union-attr]
+            total: Any = sum(found.values())
+            if total.requires_grad:  # a loss on a layer's output may depend on nothing that is trained
+                total.backward()
             parts.add(found)
     over_processes(sums.values())
     return parts.total(device)

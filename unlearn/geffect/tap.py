@@ -124,7 +124,7 @@ class Tap:
             return
         n, width = len(rows), self._width
         b = axes.split(grad, n, width)  # (n, T or 1, k)
-        a = [axes.split(change.expand_as(grad), n, width) for change in changes]
+        a = [x for change in changes if (x := axes.split(change.expand_as(grad), n, width)) is not None]
         if b is None:
             shape = tuple(grad.shape)
             raise ValueError(f"{site.name}: its output {shape} does not tell {n} rows apart (instances=false does without)")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from unlearn.models.sharding import SPARE
+from unlearn.models.trained import matching
 
 HALF, FULL = 2, 4  # bytes of a number
 MEASURED_ROWS = 16  # a batch of what is not trained
@@ -16,7 +20,12 @@ FRAGMENTS = 1.08  # what a CPU's allocator holds beside what is in use
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, as far as its size goes. `linear`: in and out features of each linear layer but the head."""
+    """A model, as far as its size goes.
+
+    Attributes:
+        linear: in and out features of each linear layer but the head, by its name.
+        sizes: the numbers of each parameter, by its name, tied ones once.
+    """
 
     parameters: int
     layers: int
@@ -26,11 +35,16 @@ class Shape:
     key_values: int
     vocabulary: int
     tied: bool
-    linear: tuple[tuple[int, int], ...]
+    linear: Mapping[str, tuple[int, int]]
+    sizes: Mapping[str, int]
 
-    def adapters(self, r: int) -> int:
-        """How many numbers LoRA trains."""
-        return sum(r * (a + b) for a, b in self.linear)
+    def trained(self, r: int, pattern: str | None) -> dict[str, int]:
+        """The numbers of each parameter that is trained: an adapter's alone, where `r` is not 0; those of `trainable`."""
+        sizes = dict(self.sizes)
+        if r:
+            pairs = [(name, {"A": r * a, "B": r * b}) for name, (a, b) in self.linear.items()]
+            sizes = {f"{name}.lora_{letter}.default.weight": n for name, of in pairs for letter, n in of.items()}
+        return sizes if pattern is None else {name: sizes[name] for name in matching(pattern, sizes)}
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
@@ -43,7 +57,7 @@ def shape_of_model(model: PreTrainedModel) -> Shape:
     """The shape of a causal LM that is there."""
     text = model.config.get_text_config()
     head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    linear = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
@@ -55,7 +69,8 @@ def shape_of_model(model: PreTrainedModel) -> Shape:
         key_values=size * (getattr(text, "num_key_value_heads", None) or heads),
         vocabulary=text.vocab_size,
         tied=head.weight is model.get_input_embeddings().weight,
-        linear=tuple((m.weight.shape[1], m.weight.shape[0]) for m in linear),
+        linear={name: (inner, outer) for name, (outer, inner) in linear.items()},
+        sizes={name: parameter.numel() for name, parameter in model.named_parameters()},
     )
 
 
@@ -67,6 +82,8 @@ class Work:
         rows: of a micro-batch, a process; with a retain term there are as many retain rows beside.
         tokens, labels: of a long row.
         optimizer: bytes of state a trained parameter, for float32 weights.
+        trainable: only parameters in whose names it is found are trained; None: all.
+        before: the trained weights as they were are kept in CPU memory.
         checkpoints: how many the run leaves; `saved`: bytes a number in them; `merged`: with adapters also the whole model.
         gradients: how many are kept apart in a step; `average`: and a moving average of one.
         norms, offload: of the G-effects: with the gradient's norm; V in CPU memory.
@@ -80,6 +97,8 @@ class Work:
     bf16: bool = True
     checkpointing: bool = False
     lora: int = 0
+    trainable: str | None = None
+    before: bool = False
     retain: bool = False
     reference: bool = False
     shards: int = 1
@@ -121,7 +140,7 @@ def activations(shape: Shape, work: Work, tokens: float, row: float) -> float:
     if not work.gpu:
         each += shape.heads * row * (2 * x + FULL)
     if work.lora:  # each adapter's input in float32, after dropout, its mask, and its product's input
-        each += sum(a for a, _ in shape.linear) / shape.layers * (2 * FULL + 1 + x)
+        each += sum(a for a, _ in shape.linear.values()) / shape.layers * (2 * FULL + 1 + x)
     if work.checkpointing:
         return tokens * (shape.layers * FULL * shape.hidden + each)
     return tokens * shape.layers * each
@@ -151,7 +170,8 @@ def run_in(work: Work) -> int:
 
 
 def trained(shape: Shape, work: Work) -> int:
-    return shape.adapters(work.lora) if work.lora else shape.parameters
+    """How many numbers are trained."""
+    return sum(shape.trained(work.lora, work.trainable).values())
 
 
 def width(work: Work) -> int:
@@ -161,9 +181,7 @@ def width(work: Work) -> int:
 
 def largest(shape: Shape, work: Work) -> int:
     """Numbers of the largest trained tensor: an adapter's, or the embeddings."""
-    if work.lora:
-        return max(work.lora * max(a, b) for a, b in shape.linear)
-    return shape.vocabulary * shape.hidden
+    return max(shape.trained(work.lora, work.trainable).values())
 
 
 def optimiser(shape: Shape, work: Work) -> float:
@@ -173,6 +191,7 @@ def optimiser(shape: Shape, work: Work) -> float:
 def training(shape: Shape, work: Work) -> Need:
     """A training step's peak, and the disk of a run: its checkpoints, and twice what a killed run goes on from."""
     p = trained(shape, work)
+    saved = p if work.lora else shape.parameters
     sets = 2 if work.retain else 1
     memory = held(shape, work)
     if work.lora:
@@ -181,11 +200,15 @@ def training(shape: Shape, work: Work) -> Need:
     if work.average:
         memory["average gradient"] = width(work) * p / work.shards
     memory["optimiser"] = optimiser(shape, work)
-    if shape.tied and not work.lora:  # both uses' gradients before they are added
-        memory["gradients of the tied head"] = 2.0 * width(work) * shape.vocabulary * shape.hidden
+    embeddings = shape.vocabulary * shape.hidden
+    if (
+        shape.tied and embeddings in shape.trained(work.lora, work.trainable).values()
+    ):  # both uses' gradients before they are added
+        memory["gradients of the tied head"] = 2.0 * width(work) * embeddings
     else:  # a micro-batch's gradient of the largest weight, before it is added to those before it
         memory["gradient of a tensor"] = float(width(work) * largest(shape, work))
-    if work.shards > 1 and not work.lora:  # of two blocks, as they come and as they are reduced
+    whole = work.lora or (work.trainable is not None and FULL * p <= max(memory["weights"], SPARE))  # `few_are_trained`
+    if work.shards > 1 and not whole:  # of two blocks, as they come and as they are reduced
         memory["gradients not yet reduced"] = 2.0 * (run_in(work) + FULL) * shape.parameters / (shape.layers + 1)
     elif work.shards > 1:
         memory["gradients not yet reduced"] = float(FULL * p)
@@ -195,8 +218,10 @@ def training(shape: Shape, work: Work) -> Need:
     memory["logits"] = logits(shape, sets * work.rows * work.labels, 4, work.bf16)
     if work.reference:
         memory["logits of the reference"] = logits(shape, work.rows * work.labels, 5, work.bf16)
-    disk = {"checkpoints": float(work.checkpoints * work.saved * p), "to go on from": 2 * (FULL + work.optimizer) * p}
-    disk["to go on from"] += 2.0 * width(work) * p * work.average
+    if work.before and not (work.gpu or work.lora):
+        memory["trained weights as they were"] = float(work.weight * p)
+    disk = {"checkpoints": float(work.checkpoints * work.saved * saved)}
+    disk["to go on from"] = 2 * (FULL * saved + work.optimizer * p + width(work) * p * work.average)
     if work.lora and work.merged:
         disk["merged model"] = float(work.saved * shape.parameters)
     return Need("training", memory, disk, 1 if work.gpu else FRAGMENTS)
@@ -212,7 +237,7 @@ def measuring(shape: Shape, work: Work, optimizer: bool) -> Need:
         memory["directions V"] = 2.0 * width(work) * p / work.shards
     if work.norms or width(work) == HALF or work.offload:
         memory["sum in float32"] = FULL * p / work.shards
-    memory["gradient of a tensor"] = float(work.weight * shape.vocabulary * shape.hidden)
+    memory["gradient of a tensor"] = float(width(work) * largest(shape, work))
     memory["activations"] = activations(shape, work, MEASURED_ROWS * work.tokens, work.tokens)
     memory["logits"] = logits(shape, MEASURED_ROWS * work.labels, 3, work.bf16)
     return Need("G-effects", memory, {}, 1 if work.gpu else FRAGMENTS)

@@ -114,6 +114,7 @@ class StepTrainer(Trainer):
         with nullcontext() if self.loss.dual is None else self.loss.dual.watching():
             parts = self.loss(model, inputs)
         total = sum(parts.values())
+        check_reached(total)
         for name, value in (parts | {"tokens": inputs["attention_mask"].sum()}).items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._losses.append((inputs["rows"], total.detach()))  # type: ignore[union-attr]
@@ -318,6 +319,12 @@ def _arguments(s: Settings, run: Path) -> TrainingArguments:
     )
 
 
+def check_reached(total: Any) -> None:
+    """Raises ValueError where the loss depends on no trained parameter (it is on the output of a layer below them all)."""
+    if not total.requires_grad:
+        raise ValueError("the loss depends on none of the trained parameters: they are above the layer that it looks at")
+
+
 def freeze_unreached(model: PreTrainedModel, loss: Loss, batch: dict[str, Any], bf16: bool = False) -> None:
     """Freeze the parameters that the loss does not depend on (those above RMU's layer): DDP would wait for them.
 
@@ -325,8 +332,10 @@ def freeze_unreached(model: PreTrainedModel, loss: Loss, batch: dict[str, Any], 
     """
     with evaluating(model):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            parts = loss(model, on(batch, model.device))
-        sum(parts.values()).backward()  # type: ignore[union-attr]
+            total: Any = sum(loss(model, on(batch, model.device)).values())
+        check_reached(total)
+        total.backward()
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
+        if parameter.grad is None:
+            parameter.requires_grad_(False)
     model.zero_grad()
