@@ -1,8 +1,6 @@
 """Unlearn a forget split from a fine-tuned model, with one of the objectives of config/method and a retain term.
 
-    python forget.py model_family=phi split=forget05 method=npo retain=kl
-
-`basher1.py` is the short way.
+python forget.py model_family=phi split=forget05 method=npo retain=kl    (basher1.py is the short way)
 """
 
 from __future__ import annotations
@@ -105,11 +103,10 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     retain = tokenize(data.retain) if settings.retain.term else []
     retain = with_second(retain, data.retain, settings.retain, settings.seed, tokenize)
     open_run(folder, settings, made_of(settings))
-    how = Pass(model, pad, tokenizer.eos_token_id, bf16)
+    how = Pass(model, pad, tokenizer.eos_token_id, bf16, tokens_per_batch=settings.tokens_per_batch)
     before = {name: token_nlls(how, rows, f"{name} loss before") for name, rows in measured.items()}
-    answers = settings.method.answers
-    target = with_second(measured[answers], data.forget, settings.method, settings.seed, tokenize)
-    target = with_reference(target, settings.method, how, before[answers])  # the model before unlearning is the reference
+    target = with_second(measured[settings.method.answers], data.forget, settings.method, settings.seed, tokenize)
+    target = with_reference(target, settings.method, how, before[settings.method.answers])  # as yet it is the reference
     retain = with_reference(retain, settings.retain, how)
     loss = build_loss(settings.method, settings.retain, settings.seed, model, reference, tokenizer, steps)
     building.save_noise(settings, loss)
@@ -121,6 +118,7 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
         risks = {"unlearn": measured["forget"], "retain": measured["retain"]}
         parts = Wanted(instances=wanted.instances, norms=wanted.norms)
         meter = Meter(model, Target(loss, target, beside), risks, pad, parts, bf16=bf16, offload=wanted.offload)
+        meter.budget = how.budget
         callbacks.append(GEffectCallback(meter, wanted.every, folder / "geffect"))
     if settings.eval.every:
         rows = {name: measured[name] for name in ("forget", "retain")}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from hydra.utils import instantiate
 
 import dataloader
@@ -98,21 +100,31 @@ def tokenizing(
 
 
 def cut_as_run(settings: Training, family: Family, model: PreTrainedModel) -> Training:
-    """The settings with a step's micro-batches merged into one, where they say so, or a GPU's memory holds it."""
-    rows = settings.batch_size * settings.gradient_accumulation_steps
-    if settings.merge is False or rows == settings.batch_size or not (settings.merge or _fits(settings, family, model, rows)):
+    """The settings with a step's micro-batches merged: into one where they say so, else into as few as a GPU's memory holds."""
+    given, rows = settings.gradient_accumulation_steps, settings.batch_size * settings.gradient_accumulation_steps
+    if settings.merge is False or given == 1 or not (settings.merge or torch.cuda.is_available()):
         return settings
-    say(f"the {settings.gradient_accumulation_steps} micro-batches of a step are run as one (merge=false keeps them apart)")
-    return settings.model_copy(update={"batch_size": rows, "gradient_accumulation_steps": 1})
+    room = math.inf if settings.merge else OF_MEMORY * gpu_memory()
+    numbers = [n for n in range(1, given) if given % n == 0]
+    fewest = next((n for n in numbers if _needs(settings, family, model, rows // n) <= room), given)
+    parts = max(gather_object([fewest]))  # of all processes: they step together
+    if parts == given:
+        return settings
+    say(f"the {given} micro-batches of a step are run as {parts} (merge=false keeps them apart)")
+    return settings.model_copy(update={"batch_size": rows // parts, "gradient_accumulation_steps": parts})
 
 
-def _fits(settings: Training, family: Family, model: PreTrainedModel, rows: int) -> bool:
-    """Whether this process's GPU, if there is one, holds a training step of so many rows at once, by the plan's arithmetic."""
-    if not torch.cuda.is_available():
-        return False
+def gpu_memory() -> int:
+    """Bytes of this process's GPU that are free, or its own already."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
+def _needs(settings: Training, family: Family, model: PreTrainedModel, rows: int) -> float:
+    """Bytes that a training step of so many rows at once takes of a GPU, by the plan's arithmetic; with V, where it is kept."""
     work = replace(work_of(settings, family), rows=rows, gpu=True, shards=processes() if settings.parallel == "fsdp" else 1)
-    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return plan.training(plan.shape_of(model.config), work).peak < OF_MEMORY * memory
+    shape = plan.shape_of(model.config)
+    kept = isinstance(settings, Forget) and settings.geffect.every > 0 and not settings.geffect.offload
+    return plan.training(shape, work).peak + (plan.measuring(shape, work, True).memory["directions V"] if kept else 0)
 
 
 def step_batches(

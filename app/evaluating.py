@@ -172,7 +172,8 @@ class Models:
         self.tokenizer, model = load(path, beside, model_device(self.settings.parallel), dtype=kind)
         if self.settings.parallel == "fsdp":
             shard(model, bf16)
-        return Pass(model, pad_id(self.tokenizer), self.tokenizer.eos_token_id, bf16, self.settings.batch_size)
+        at_once = self.settings.batch_size, self.settings.tokens_per_batch
+        return Pass(model, pad_id(self.tokenizer), self.tokenizer.eos_token_id, bf16, *at_once)
 
     def tokenize(self, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         """Question-answer rows to tokens, no more than the model has positions for."""

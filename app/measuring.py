@@ -118,7 +118,7 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
     split_up(settings, bf16, model, reference)
     tokenize, pad = tokenizing(settings, family, tokenizer, model), pad_id(tokenizer)
     risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
-    how = Pass(model, pad, tokenizer.eos_token_id, bf16, settings.batch_size)
+    how = Pass(model, pad, tokenizer.eos_token_id, bf16, settings.batch_size, settings.tokens_per_batch)
     beside = beside_rows(range(len(training.retain)), settings.geffect.retain_rows, len(data.forget), settings.seed)
     rows = Measured(objectives, data.forget, training.retain, beside, tokenize, how, settings.seed)
     rows.lists["forget", None] = risks["unlearn"]
@@ -137,6 +137,7 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
         sweep=dict(zip(sweep, targets[1:], strict=True)),
         bf16=bf16,
         batch_size=settings.batch_size,
+        tokens_per_batch=settings.tokens_per_batch,
         offload=settings.geffect.offload,
         decode=lambda token: str(tokenizer.decode([token])),
     )

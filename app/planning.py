@@ -87,12 +87,12 @@ def configuration(settings: Common, family: Family) -> Any:
 def work_of(settings: Common, family: Family) -> Work:
     """How the settings have the work done, on as many processes as are planned for."""
     from app.building import compares
-    from unlearn.models.plan import Work
+    from unlearn.models.plan import MEASURED_ROWS, Work
 
     gpu, tokens = has_gpu(settings.plan_for), longest_row(settings)
     dtype = getattr(settings, "dtype")  # noqa: B009
     work: dict[str, Any] = {
-        "rows": settings.batch_size,
+        "rows": settings.batch_size or MEASURED_ROWS,
         "tokens": tokens,
         "labels": round(LABELS * tokens),
         "bf16": gpu if dtype == "auto" and family.dtype is None and gpu else use_bfloat16(dtype, family.dtype),

@@ -45,6 +45,13 @@ Optim = Literal[
     "adamw_torch_8bit",
     "adamw_torch_4bit",
 ]
+TOKENS_PER_BATCH = setting(
+    None,
+    "of what is not a training step, padding counted: changes nothing but speed and memory; null: on a GPU what is free there,"
+    " on a CPU by rows",
+    named=False,
+    may_differ=True,
+)
 ONLY = "a regular expression: only parameters in whose full names it is found are trained, with adapters of these"
 ADAPTERS_LR = "with adapters ten times that"
 
@@ -185,7 +192,7 @@ class Common(Settings):
     retain_data: str | None = setting(None, "the same, of the rows to keep", named=False, inherited=True)
     benchmark: Benchmark = setting(None, "the data's sets and what they are for: config/benchmark", named=False, inherited=True)
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = setting(42, "what draws the rows, and what else is random")
-    batch_size: Count = setting(4, "rows per process and forward pass")
+    batch_size: Count | None = setting(None, "rows per process and forward pass")
     parallel: Literal["ddp", "fsdp"] = setting(
         "ddp", "fsdp: under torchrun weights, gradients and optimiser state in shards, one on each process", named=False
     )
@@ -204,6 +211,7 @@ class Common(Settings):
 class Training(Common):
     """What both commands that train have."""
 
+    batch_size: Count = setting(4, "rows per process and forward pass")
     dtype: Dtype = setting(
         "auto", "bfloat16: autocast over float32 master weights; auto: the family's, else bfloat16 where the device has it"
     )
@@ -212,7 +220,7 @@ class Training(Common):
     gradient_accumulation_steps: Count = setting(4, "micro-batches a step, on each process")
     merge: bool | None = setting(
         None,
-        "true: a step's micro-batches in one, to rounding the same step; null: on a GPU that holds it",
+        "true: a step's micro-batches in one, to rounding the same step; null: in as few as a GPU holds; false: as given",
         named=False,
     )
     trainable: str | None = setting(None, f"{ONLY}; null: all")
@@ -254,6 +262,7 @@ class Forget(Training):
     )
     save_steps: Count = setting(5, "a checkpoint every so many steps", named=False, may_differ=True)
     keep_last: Count | None = setting(None, "how many of the newest checkpoints stay; null: all", named=False, may_differ=True)
+    tokens_per_batch: Count | None = TOKENS_PER_BATCH
     geffect: WhileUnlearning = WhileUnlearning()
     eval: Scoring = Scoring()
     retain: Retain = setting(None, "config/retain", named=False)
@@ -283,7 +292,10 @@ class GEffects(Common):
     )
     max_length: Length = setting(None, "tokens a row keeps at most; null: the run's", inherited=True)
     loss_on_answer_tag: bool = setting(None, "null: the run's", inherited=True)
-    batch_size: Count = setting(16, "changes nothing but speed and memory", may_differ=True)
+    batch_size: Count | None = setting(
+        None, "rows at once at most, which changes nothing but speed and memory; null: 16 on a CPU", may_differ=True
+    )
+    tokens_per_batch: Count | None = TOKENS_PER_BATCH
     dtype: Wide = setting("auto", "bfloat16: autocast, as in training; auto: as in training")
     weights: Half = setting("float32", "bfloat16: the model, and V (summed in float32), in half the memory")
     parallel: Literal["ddp", "fsdp"] = setting("ddp", "fsdp: under torchrun weights and V in shards", may_differ=True)
@@ -312,7 +324,10 @@ class Evaluation(Common):
     retain_holdout: Count | None = setting(None, "how many held-out retain rows; null: the run's", inherited=True)
     max_length: Length = setting(None, "tokens a row keeps at most; null: the run's, else 500", inherited=True)
     loss_on_answer_tag: bool = setting(None, "null: the run's", inherited=True)
-    batch_size: Count = setting(16, "changes nothing but speed and memory", may_differ=True)
+    batch_size: Count | None = setting(
+        None, "rows at once at most, which changes nothing but speed and memory; null: 16 on a CPU", may_differ=True
+    )
+    tokens_per_batch: Count | None = TOKENS_PER_BATCH
     dtype: Wide = setting("auto", "bfloat16: autocast; auto: the family's, else bfloat16 where the device has it")
     parallel: Literal["ddp", "fsdp"] = setting("ddp", "fsdp: under torchrun weights in shards", may_differ=True)
     save_dir: str | None = setting(None, "null: below model_path; else there, and nothing into the run's", may_differ=True)

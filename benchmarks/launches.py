@@ -29,6 +29,7 @@ from unlearn.models.evaluating import evaluating
 from unlearn.objectives.functions import ga, mean_nll
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.rows import Row
+from unlearn.passes import batches as passes_batches
 from unlearn.passes.batches import set_batches
 
 aten = torch.ops.aten
@@ -75,7 +76,8 @@ def launches() -> Iterator[Launches]:
 
         return patch.object(Tensor, name, read)
 
-    with patch.object(meter, "set_batches", batches), counted("tolist"), counted("cpu"), counted("numpy"), found:
+    apart = patch.object(meter, "set_batches", batches), patch.object(passes_batches, "set_batches", batches)
+    with apart[0], apart[1], counted("tolist"), counted("cpu"), counted("numpy"), found:
         yield found
 
 

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from unlearn.objectives.rows import Row, counts
 from unlearn.passes.decoding import MAX_LENGTH, greedy_answers, stop_tokens
 from unlearn.passes.forcing import Pass, prompt_length, teacher_force
+from unlearn.passes.sizes import ROWS
 from unlearn.scores import asking
 from unlearn.scores import definitions as scores
 
@@ -37,6 +38,11 @@ class Bench:
     texts: list[dict[str, Any]]
     rows: list[Row]
     plain_attention: str
+
+    @property
+    def batch(self) -> int:
+        """Rows of a batch of the plain ways."""
+        return self.how.batch_size or ROWS
 
     def only(self, indices: Sequence[int]) -> Bench:
         return replace(self, texts=[self.texts[i] for i in indices], rows=[self.rows[i] for i in indices])
@@ -91,7 +97,7 @@ def bisection(bench: Bench, watch: Watch) -> Found:
     low, high = [start - 1 for start in starts], list(ends)  # fails (or was not tried), suffices
     with bench.plain():
         while open_ := [i for i in range(len(ends)) if high[i] - low[i] > 1]:
-            for batch in chunks(open_, bench.how.batch_size):
+            for batch in chunks(open_, bench.batch):
                 middle = {i: (low[i] + high[i]) // 2 for i in batch}
                 given = generate(bench, [bench.rows[i]["input_ids"][: middle[i]] for i in batch], None, MAX_LENGTH)
                 for i, tokens in zip(batch, given, strict=True):
@@ -140,7 +146,7 @@ def plain(bench: Bench, watch: Watch, width: int | None) -> Found:
     with bench.plain():
         losses = plain_losses(bench, width)
         watch.lap("losses")
-        given = [tokens for rows in chunks(bench.rows, bench.how.batch_size) for tokens in plain_answers(bench, rows, width)]
+        given = [tokens for rows in chunks(bench.rows, bench.batch) for tokens in plain_answers(bench, rows, width)]
         watch.lap("decoding")
     stops = stop_tokens(bench.how.model, bench.how.eos)
     ends = [next((i for i, token in enumerate(tokens) if token in stops), None) for tokens in given]
@@ -158,7 +164,7 @@ def plain_losses(bench: Bench, width: int | None) -> list[float]:
         pairs = [(row, text) for row in rows for text in ([row[key]] if isinstance(row[key], str) else row[key])]
         return bench.tokenize([{"question": row["question"], "answer": text} for row, text in pairs])
 
-    size, found = bench.how.batch_size, []
+    size, found = bench.batch, []
     for key, n in (("answer", size), ("paraphrased_answer", size), ("perturbed_answer", max(1, size // 4))):
         for batch in (asked(rows, key) for rows in chunks(bench.texts, n)):
             nlls = row_nlls(bench.how.model, padded(batch, width, bench.how.pad), bench.how.bf16)  # (B,) nats

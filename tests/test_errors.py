@@ -443,7 +443,7 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
 def test_help_names_every_key_with_its_meaning(place: Path, script: str) -> None:
     done = run_in(place, f"python {ROOT}/{script}.py --help")
     assert done.stderr == ""
-    rows = "batch_size: 16 # changes nothing" if "evaluation" in script else "batch_size: 4 # rows per process"
+    rows = "batch_size: null # rows at once at most" if "evaluation" in script else "batch_size: 4 # rows per process"
     for words in (rows, "model_family: llama, ", "save_dir: null # "):
         assert words in done.stdout
     assert done.stdout.count("\nbatch_size: ") == 1

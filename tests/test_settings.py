@@ -103,13 +103,14 @@ def test_what_may_differ() -> None:
     assert marked(Finetune, "may_differ") == {
         *("save_dir", "output_dir", "debug", "logger", "save_steps", "gradient_checkpointing")
     }
-    of_results = {"save_dir", "output_dir", "debug", "batch_size", "parallel", "model_path", "retain_path"}
+    of_results = {"save_dir", "output_dir", "debug", "batch_size", "tokens_per_batch", "parallel"}
+    of_results |= {"model_path", "retain_path"}
     assert marked(Evaluation, "may_differ") == of_results
     scored = {"retain_result", "original_path", "truth_ratio", "epsilon", "method_name", "submitted_by"}
     assert marked(EvalTofu, "may_differ") == of_results | scored
     assert marked(EvalEverything, "may_differ") == of_results | {"ps_p", "similar", "control"}
     measured = {"model_path_cur", "step", "tokens", "positions", "sweep", "batch_size", "parallel", "gradient_checkpointing"}
-    assert marked(GEffects, "may_differ") == measured | {"save_dir", "output_dir", "debug"}
+    assert marked(GEffects, "may_differ") == measured | {"tokens_per_batch", "save_dir", "output_dir", "debug"}
 
 
 def test_every_optimizer_is_a_choice() -> None:

@@ -79,7 +79,8 @@ def meter_of(
     beside: Rows = (),
     wanted: Wanted | None = None,
     bf16: bool = False,
-    batch_size: int = 16,
+    batch_size: int | None = None,
+    tokens_per_batch: int | None = None,
     special_tokens: bool | None = None,
 ) -> Meter:
     """A `Meter` of an objective on texts or tokens, for `GEffectCallback`, or to measure again after the weights changed.
@@ -93,6 +94,8 @@ def meter_of(
         objective: a function of `Tokens` and `Counts` as in `unlearn.objectives.functions`, or a `Loss` with a retain term.
         reference: the model before unlearning, for an objective or a retain term that compares with it.
         beside: rows for the retain term.
+        batch_size: rows of a batch at most, which changes nothing but speed and memory; None: 16 on a CPU.
+        tokens_per_batch: tokens of a batch at most, its padding counted; None: on a GPU what its free memory holds.
         special_tokens: whether the tokenizer's own are added to texts; None: to those that do not begin with them.
 
     Raises:
@@ -115,7 +118,7 @@ def meter_of(
     pad = pad_id(tokenizer)
     target, beside = rows["forget"], rows["beside"]
     if reference is not None:
-        how = Pass(reference, pad, tokenizer.eos_token_id, bf16, batch_size)
+        how = Pass(reference, pad, tokenizer.eos_token_id, bf16, batch_size, tokens_per_batch)
         target = with_ref_nll(how, target)
         beside = with_ref_nll(how, beside) if "ref_nll" in needs_of(loss.retain) else beside
     return Meter(
@@ -126,6 +129,7 @@ def meter_of(
         wanted=wanted or Wanted(),
         bf16=bf16,
         batch_size=batch_size,
+        tokens_per_batch=tokens_per_batch,
         decode=lambda token: str(tokenizer.decode([token])),
     )
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -21,7 +22,17 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unlearn.geffect.parts import RISKS, by_position, check_finite, instance_table, sums_of, token_rows, token_table
+from unlearn.geffect.parts import (
+    RISKS,
+    by_module,
+    by_position,
+    by_site,
+    check_finite,
+    instance_table,
+    sums_of,
+    token_rows,
+    token_table,
+)
 from unlearn.geffect.risks import (
     Directions,
     Parts,
@@ -34,18 +45,18 @@ from unlearn.geffect.risks import (
 )
 from unlearn.geffect.sites import Site, find_sites
 from unlearn.geffect.tables import Tables
-from unlearn.geffect.tangents import contract, token_tangents
+from unlearn.geffect.tangents import shares_of
 from unlearn.geffect.tap import Tap, narrowest
-from unlearn.geffect.target import Target, Wanted, passes_of, shared_references
+from unlearn.geffect.target import Target, Wanted, check_labels, passes_of
 from unlearn.models import sharding
 from unlearn.models.evaluating import evaluating
 from unlearn.models.sharding import is_sharded
 from unlearn.models.vectors import Vectors, dot, dots, read_all, squares, trainable
 from unlearn.objectives.functions import mean_nll
 from unlearn.objectives.loss import Loss
-from unlearn.objectives.rows import Row, collate, counts, seconds
-from unlearn.objectives.tokens import IGNORE
-from unlearn.passes.batches import Batch, on, over_processes, progress, set_batches
+from unlearn.objectives.rows import Row, collate, seconds
+from unlearn.passes.batches import Batch, anew, on, over_processes, set_batches
+from unlearn.passes.sizes import Budget, Size
 
 RISK = Loss(objective=mean_nll)  # R: the token-mean cross-entropy of a whole set
 PARTS = {"layers", "instances", "positions", "tokens"}  # the tables that add up to the totals
@@ -65,6 +76,8 @@ class Meter:
         pad: the token id that batches are padded with.
         sweep: more targets by (method, hyper-parameter), for the totals of each.
         bf16: run the model under bfloat16 autocast (but never the forward-mode pass).
+        batch_size: rows of a batch at most; None, with no `tokens_per_batch`: 16 on a CPU.
+        tokens_per_batch: tokens of a batch at most, its padding counted; None: on a GPU what its free memory holds.
         decode: token id to text, for the table of tokens.
         offload: keep the risks' gradients V in CPU memory, from where each module's is fetched when it is needed.
     """
@@ -76,9 +89,10 @@ class Meter:
     wanted: Wanted = Wanted()
     sweep: Mapping[tuple[str, float | None], Target] = field(default_factory=dict)
     bf16: bool = False
-    batch_size: int = 16
+    batch_size: int | None = None
     decode: Callable[[int], str] = str
     offload: bool = False
+    tokens_per_batch: int | None = None
 
     def __post_init__(self) -> None:
         if self.wanted.positions and not self.wanted.instances:
@@ -92,12 +106,7 @@ class Meter:
             raise ValueError("tokens and positions: not of an objective with second answers, which have tokens of their own")
         if any((t.loss.retain is not None) != bool(t.retain) for t in targets):
             raise ValueError("a retain term needs rows beside those to forget, and rows beside them a retain term")
-        given = [("a target", t.forget) for t in targets] + [("a target's retain term", t.retain) for t in targets if t.retain]
-        for name, rows in [*given, *((f"the {name} risk", of) for name, of in self.risks.items())]:
-            if not counts(rows)[0]:
-                raise ValueError(f"{name}: its {len(rows)} rows have no label tokens")
-            if first := [i for i, row in enumerate(rows) if row["labels"][0] != IGNORE]:
-                raise ValueError(f"{name}: row {first[0]}: its first token has a label, and nothing before it to tell it")
+        check_labels(targets, self.risks)
         self.parameters = trainable(self.model)
         if not self.parameters:
             raise ValueError(f"{type(self.model).__name__}: no parameter of it requires a gradient")
@@ -106,6 +115,7 @@ class Meter:
             raise ValueError(
                 "tokens and sweeps are one forward-mode pass, which a model in shards can't make (parallel=ddp can)"
             )
+        self.budget = Budget(self.model, self.bf16, Size(self.batch_size, self.tokens_per_batch))
         self.sites: list[Site] = []
         self.directions: Directions = {}
 
@@ -145,25 +155,23 @@ class Meter:
         after = self._dots(self.parameters)
         moved = {name: [b - a for a, b in zip(self._before[name], after[name], strict=True)] for name in after}
         totals = pd.DataFrame({"risk": RISKS, "update_effect": sums_of(moved)})
-        return {"totals": totals, "updates": self._by_module(moved, "update_effect")}
+        return {"totals": totals, "updates": by_module(self.sites, moved, "update_effect")}
 
     def risk_values(self) -> list[float]:
         """Both risks at the present weights, in nats per token."""
-        values = []
-        for risk in RISKS:
+
+        def run(batches: Iterator[Batch]) -> Parts:
             parts = Parts()
             with torch.no_grad(), evaluating(self.model):
-                for batch in self._batches(self.risks[risk], what=f"{risk} risk"):
+                for batch in batches:
                     with self._autocast():
                         parts.add(RISK(self.model, batch))
-            values.append(parts.total(self.model.device)["objective"])
-        return values
+            return parts
+
+        found = [anew(self.budget, "losses", f"{risk} risk", (self.risks[risk], []), self.pad, run) for risk in RISKS]
+        return [parts.total(self.model.device)["objective"] for parts in found]
 
     # ---- the passes ----
-
-    def _batches(self, forget: Sequence[Row], retain: Sequence[Row] = (), what: str = "") -> Iterator[Batch]:
-        batches = set_batches(forget, retain, self.batch_size, self.pad, equally_many=self.sharded)
-        return progress(batches, what, self.model.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
@@ -199,17 +207,24 @@ class Meter:
     def _risk_gradient(self, d: int, risk: str) -> float:
         """Fill the d-th direction; the sum that it is made in, of half-precision or offloaded weights, is gone after."""
         into = {name: v[d] for name, v in self.directions.items()}
-        batches = self._batches(self.risks[risk], what=f"gradient of the {risk} risk")
-        found = (self.model, self.parameters, RISK, batches, self.bf16)
+        given = Target(RISK, self.risks[risk]), f"gradient of the {risk} risk"
         if not self.offload and all(v.dtype == wide(v.dtype) for v in into.values()):
-            for v in into.values():
-                v.zero_()
-            return add_gradient(*found, into)["objective"]
+            return self._sum_up(*given, into)["objective"]
         with summed(self.parameters) as sums:
-            value = add_gradient(*found, sums)["objective"]
+            value = self._sum_up(*given, sums)["objective"]
             for name, v in into.items():
                 v.copy_(sums[name])
         return value
+
+    def _sum_up(self, target: Target, what: str, sums: Vectors) -> dict[str, float]:
+        """Put the gradient of a loss over its whole set into `sums`; returns the loss's parts."""
+
+        def run(batches: Iterator[Batch]) -> dict[str, float]:
+            for v in sums.values():
+                v.zero_()
+            return add_gradient(self.model, self.parameters, target.loss, batches, self.bf16, sums)
+
+        return anew(self.budget, "gradients", what, (target.forget, target.retain), self.pad, run)
 
     def _precision(self) -> torch.dtype:
         """The least that a gradient passes; transformers' norms and softmax drop to float32 inside a float64 model."""
@@ -255,10 +270,16 @@ class Meter:
             answers = [*forget, *retain, *(second for row in retain for second in seconds(row))]
             tap.count_positions(max(len(row["input_ids"]) for row in answers))
         with summed(self.parameters if self.wanted.norms else {}) as sums:
-            measured = self.parameters if self.wanted.norms else {}
-            with self.trained(self.wanted.norms), evaluating(self.model), gradients_into(sums, measured):
-                for batch in self._batches(forget, retain, what="G-effects"):
-                    self._backward(tap, batch)
+
+            def run(batches: Iterator[Batch]) -> None:
+                for x in [*tap.tables(), *sums.values()]:
+                    x.zero_()
+                measured = self.parameters if self.wanted.norms else {}
+                with self.trained(self.wanted.norms), evaluating(self.model), gradients_into(sums, measured):
+                    for batch in batches:
+                        self._backward(tap, batch)
+
+            anew(self.budget, "gradients", "G-effects", (forget, retain), self.pad, run)
             over_processes([*tap.tables(), *sums.values()])
             by_instance = tap.effects.sum(1)  # (rows, D)
             totals = by_instance.sum(0).tolist()
@@ -266,7 +287,7 @@ class Meter:
             if sums:
                 scale = list(tables["steps"]["objective_norm"] * tables["steps"]["risk_norm"])
                 self._check_tap(totals, sums_of(self._dots(sums)), scale)
-        tables["layers"] = self._by_site(tap.effects.sum(0).tolist())
+        tables["layers"] = by_site(self.sites, tap.effects.sum(0).tolist())
         tables["instances"] = instance_table(by_instance, len(forget))
         if tap.positions is not None:
             tables["positions"] = by_position(tap, forget, bool(retain))
@@ -275,10 +296,9 @@ class Meter:
     def plain(self) -> Tables:
         """Totals and layers by a dot product for each tensor; the uses of tied weights are not told apart."""
         with summed(self.parameters) as sums:
-            batches = self._batches(self.target.forget, self.target.retain, what="G-effects")
-            add_gradient(self.model, self.parameters, self.target.loss, batches, self.bf16, sums)
+            self._sum_up(self.target, "G-effects", sums)
             products = self._dots(sums)
-            return {"steps": self._steps(sums_of(products), sums), "layers": self._by_module(products, "geffect")}
+            return {"steps": self._steps(sums_of(products), sums), "layers": by_module(self.sites, products, "geffect")}
 
     def _shares(self, targets: Sequence[Target]) -> Iterator[tuple[int, Batch, Tensor, Tensor]]:
         """For each target and batch of it: the target's number, the batch, the tokens' losses (M,), their shares (D, M).
@@ -287,11 +307,8 @@ class Meter:
         """
         for shared in passes_of(targets):
             losses = [targets[i].loss for i in shared.targets]
-            for batch in self._batches(shared.forget, shared.retain, what="forward mode"):
-                dual = token_tangents(self.model, self.parameters, self.directions, batch, shared.layers)
-                references = shared_references(losses, shared.part, batch)
-                for i, loss, reference in zip(shared.targets, losses, references, strict=True):
-                    yield i, batch, dual.tokens.nll, contract(loss, dual, batch | {"reference": reference})
+            of = partial(shares_of, self.model, self.parameters, self.directions, losses, shared)
+            yield from anew(self.budget, "tangents", "forward mode", (shared.forget, shared.retain), self.pad, of)
 
     def swept(self, steps: pd.DataFrame | None = None) -> pd.DataFrame:
         """The totals of each target of the sweep; those of `target`, from the same passes, must be the ones in `steps`."""
@@ -379,18 +396,3 @@ class Meter:
                     f" {values.sum():.6g}, and the total is {total.geffect:.6g}: an operation of the model can't be taken apart"
                     f" so ({WITHOUT.get(name, 'instances=false')} does without)"
                 )
-
-    def _by_site(self, effects: list[list[float]]) -> pd.DataFrame:
-        sites = zip(self.sites, effects, strict=True)
-        rows = [(risk, site.layer, site.name, values[d]) for site, values in sites for d, risk in enumerate(RISKS)]
-        return pd.DataFrame(rows, columns=["risk", "layer", "module", "geffect"])
-
-    def _by_module(self, values: Mapping[str, list[float]], column: str) -> pd.DataFrame:
-        """Numbers of parameters as numbers of modules; tied weights are counted at their first use."""
-        owners = {name: site for site in reversed(self.sites) for name in site.names.values()}
-        found = {id(site): [0.0] * len(RISKS) for site in self.sites if site in owners.values()}
-        for name, numbers in values.items():
-            found[id(owners[name])] = [a + b for a, b in zip(found[id(owners[name])], numbers, strict=True)]
-        sites = [site for site in self.sites if id(site) in found]
-        rows = [(risk, s.layer, s.name, found[id(s)][d]) for s in sites for d, risk in enumerate(RISKS)]
-        return pd.DataFrame(rows, columns=["risk", "layer", "module", column])

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from unlearn.geffect.sites import Site
 from unlearn.geffect.tap import Tap
 from unlearn.objectives.rows import Row
 from unlearn.objectives.tokens import label_positions
@@ -29,6 +30,26 @@ def instance_table(effects: Tensor, n: int) -> pd.DataFrame:
     rows += [("retain", effects[n:].sum(0).tolist())] if len(effects) > n else []
     columns = ["risk", "row", "geffect"]
     return pd.DataFrame([(risk, row, e[d]) for d, risk in enumerate(RISKS) for row, e in rows], columns=columns)
+
+
+def by_site(sites: Sequence[Site], effects: Sequence[Sequence[float]]) -> pd.DataFrame:
+    rows = [
+        (risk, site.layer, site.name, values[d])
+        for site, values in zip(sites, effects, strict=True)
+        for d, risk in enumerate(RISKS)
+    ]
+    return pd.DataFrame(rows, columns=["risk", "layer", "module", "geffect"])
+
+
+def by_module(sites: Sequence[Site], values: Mapping[str, list[float]], column: str) -> pd.DataFrame:
+    """Numbers of parameters as numbers of modules; tied weights are counted at their first use."""
+    owners = {name: site for site in reversed(sites) for name in site.names.values()}
+    found = {id(site): [0.0] * len(RISKS) for site in sites if site in owners.values()}
+    for name, numbers in values.items():
+        found[id(owners[name])] = [a + b for a, b in zip(found[id(owners[name])], numbers, strict=True)]
+    there = [site for site in sites if id(site) in found]
+    rows = [(risk, s.layer, s.name, found[id(s)][d]) for s in there for d, risk in enumerate(RISKS)]
+    return pd.DataFrame(rows, columns=["risk", "layer", "module", column])
 
 
 def sums_of(values: Mapping[str, list[float]]) -> list[float]:

@@ -10,7 +10,7 @@ Letters: M label tokens of the batch, D directions, V vocabulary, d hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unlearn.geffect.risks import Directions
+from unlearn.geffect.target import SharedPass, shared_references
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.tokens import Layer, Tokens, label_positions, layers_of, pick, token_outputs
 from unlearn.passes.batches import Batch
@@ -148,6 +149,28 @@ class PaddingHeld(TorchFunctionMode):
             return output
         where = (given["input"] == padding % len(given["weight"])).unsqueeze(-1)
         return torch.where(where, torch.zeros_like(output) if self.zero else output.detach(), output)
+
+
+def shares_of(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    directions: Directions,
+    losses: Sequence[Loss],
+    shared: SharedPass,
+    batches: Iterable[Batch],
+) -> list[tuple[int, Batch, Tensor, Tensor]]:
+    """For each batch and target: the target's number, the batch, the tokens' losses (M,), their shares (D, M).
+
+    Args:
+        losses: of the pass's targets.
+    """
+    shares = []
+    for batch in batches:
+        dual = token_tangents(model, parameters, directions, batch, shared.layers)
+        references = shared_references(losses, shared.part, batch)
+        for i, loss, reference in zip(shared.targets, losses, references, strict=True):
+            shares.append((i, batch, dual.tokens.nll, contract(loss, dual, batch | {"reference": reference})))
+    return shares
 
 
 def contract(loss: Loss, dual: Dual, batch: Mapping[str, Any]) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from unlearn.objectives.loss import Loss, Reference, reference_outputs
 from unlearn.objectives.needs import looks_at_layers
-from unlearn.objectives.rows import Row
-from unlearn.objectives.tokens import layers_of, pick
+from unlearn.objectives.rows import Row, counts
+from unlearn.objectives.tokens import IGNORE, layers_of, pick
 from unlearn.passes.batches import Batch
 
 
@@ -36,6 +36,16 @@ class Wanted:
     norms: bool = True
     positions: bool = False
     tokens: bool = False
+
+
+def check_labels(targets: Sequence[Target], risks: Mapping[str, Sequence[Row]]) -> None:
+    """Raises ValueError where rows have no label tokens, or one has its first token for one."""
+    given = [("a target", t.forget) for t in targets] + [("a target's retain term", t.retain) for t in targets if t.retain]
+    for name, rows in [*given, *((f"the {name} risk", of) for name, of in risks.items())]:
+        if not counts(rows)[0]:
+            raise ValueError(f"{name}: its {len(rows)} rows have no label tokens")
+        if first := [i for i, row in enumerate(rows) if row["labels"][0] != IGNORE]:
+            raise ValueError(f"{name}: row {first[0]}: its first token has a label, and nothing before it to tell it")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unlearn.models.sharding import SPARE
@@ -50,8 +50,12 @@ class Shape:
 def shape_of(config: PreTrainedConfig) -> Shape:
     """The shape of the causal LM that a configuration makes."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
+        return shape_of_model(AutoModelForCausalLM.from_config(config))
+
+
+def shape_of_model(model: PreTrainedModel) -> Shape:
+    """The shape of a causal LM that is there."""
+    text = model.config.get_text_config()
     head = model.get_output_embeddings()
     linear = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
     heads = text.num_attention_heads

@@ -21,10 +21,10 @@ from unlearn.models.evaluating import unwrap
 from unlearn.objectives.rows import Row
 from unlearn.objectives.tokens import head_at
 from unlearn.passes.forcing import Forced, Pass, attends_alone, has_cache, over_batches, prompt_length
+from unlearn.passes.sizes import Size, cut
 
 MAX_LENGTH = 200  # prompt and answer, in tokens, as TOFU has it
 CACHES = ("past_key_values", "cache_params")  # what models call it (RWKV's `state` is wrong for more than a row)
-MORE = 4  # times a pass's rows are decoded at once: a step reads all weights for a token a row, however many rows there are
 
 
 def greedy_answers(
@@ -71,10 +71,17 @@ def decode(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], what: s
     with how.evaluating():
         padded = attends_alone(how.model)
         one = _decode_batch if padded else partial(_decode_as_one, cached=has_cache(how.model))
-        batches = _batches(prefixes, order, MORE * how.batch_size, padded)
-        found = over_batches(
-            how, batches, lambda batch: one(how, [prefixes[i] for i in batch], [limits[i] for i in batch], stops), what
-        )
+        widths = [len(prefix) + limit for prefix, limit in zip(prefixes, limits, strict=True)]  # that the cache may come to
+
+        def measure(batch: list[int]) -> list[list[int]]:
+            return one(how, [prefixes[i] for i in batch], [limits[i] for i in batch], stops)
+
+        def planned(numbers: list[int], size: Size) -> list[list[int]]:
+            """In one batch only prefixes of one length, where they are not padded."""
+            groups = [numbers] if padded else [list(same) for _, same in groupby(numbers, key=lambda i: len(prefixes[i]))]
+            return [batch for group in groups for batch in cut(group, widths, size)]
+
+        found = over_batches(how, "decoding", [[i] for i in order], widths, planned, measure, what)
     return [found[i] for i in range(len(prefixes))]
 
 
@@ -162,9 +169,3 @@ def _decode_as_one(
         ids = tokens[:, None] if cache else torch.cat([ids, tokens[:, None]], dim=1)
     rows = [row[:n] for row, n in zip(found, limits, strict=True)]
     return [[*(cut := _until(row, stops)), *row[len(cut) : len(cut) + 1]] for row in rows]
-
-
-def _batches(prefixes: Sequence[Tensor], order: Sequence[int], size: int, padded: bool) -> list[list[int]]:
-    """The row numbers, in order, `size` at most at once; of one length, where prefixes are not padded."""
-    groups = [list(order)] if padded else [list(group) for _, group in groupby(order, key=lambda i: len(prefixes[i]))]
-    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]

@@ -8,9 +8,10 @@ several processes the batches are split over them, and every process gets all re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -30,6 +31,7 @@ from unlearn.models.evaluating import evaluating, unwrap
 from unlearn.models.sharding import is_sharded
 from unlearn.objectives.rows import Row, collate, seconds
 from unlearn.objectives.tokens import IGNORE, head_at, token_outputs, widen
+from unlearn.passes.sizes import Budget, Kind, Size, cut, each
 
 Prompt = tuple[int, ...]
 KEPT = 2  # positions that some models keep for themselves
@@ -80,13 +82,26 @@ class Forced:
 
 @dataclass(frozen=True)
 class Pass:
-    """How a model is run over rows: padding and end-of-sequence ids, autocast, rows a batch."""
+    """How a model is run over rows: padding and end-of-sequence ids, autocast, and how much at once.
+
+    Attributes:
+        batch_size: rows of a batch at most (four times that in decoding); None, with no `tokens_per_batch`: 16 on a CPU.
+        tokens_per_batch: tokens of a batch at most, its padding counted (four times that in decoding, with all that is
+            decoded counted, too); None: on a GPU what its free memory holds.
+        budget: what that came to; halved when memory ran out.
+    """
 
     model: PreTrainedModel
     pad: int
     eos: int
     bf16: bool = False
-    batch_size: int = 16
+    batch_size: int | None = None
+    tokens_per_batch: int | None = None
+    budget: Budget = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        budget = Budget(self.model, self.bf16, Size(self.batch_size, self.tokens_per_batch))
+        object.__setattr__(self, "budget", budget)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -111,7 +126,10 @@ def teacher_force(how: Pass, rows: Sequence[Row], moments: bool = False, what: s
     with how.evaluating():
         share = shares_prompts(how.model)
         prompts = [_prompt(row) if share else None for row in once]
-        found = over_batches(how, _plan(once, prompts, how.batch_size), _Measure(how, once, prompts, moments), what)
+        widths = [len(row["input_ids"]) for row in once]
+        groups = _groups(once, prompts, range(len(once)))
+        planned = partial(_plan, once, prompts)
+        found = over_batches(how, "losses", groups, widths, planned, _Measure(how, once, prompts, moments), what)
     place = {key: i for i, key in enumerate(distinct)}
     return [found[place[key]] for key in keys]
 
@@ -212,18 +230,32 @@ def token_mean(nlls: Sequence[Tensor]) -> float:
 
 
 def over_batches(
-    how: Pass, batches: Sequence[list[int]], measure: Callable[[list[int]], Sequence[Any]], what: str
+    how: Pass,
+    kind: Kind,
+    groups: Sequence[Sequence[int]],
+    widths: Sequence[int],
+    planned: Callable[[list[int], Size], list[list[int]]],
+    measure: Callable[[list[int]], Sequence[Any]],
+    what: str,
 ) -> dict[int, Any]:
-    """`measure` on this process's share of the batches of row numbers; the results of all by row number.
+    """`measure` on this process's share of the row numbers, in batches; the results of all by row number.
 
-    A model in shards is run by all processes together: then each batch is every process's.
+    A model in shards is run by all processes together: then each has all rows.
+
+    Args:
+        groups: of row numbers, split over the processes as they are, however they are cut then.
+        widths: tokens of each row.
+        planned: batches of row numbers, as a size holds them.
     """
     state = PartialState()
     together = is_sharded(how.model)
-    mine = batches if together else batches[state.process_index :: state.num_processes]
+    mine = groups if together else groups[state.process_index :: state.num_processes]
+    numbers = [i for group in mine for i in group]
     found: list[tuple[int, Any]] = []
-    for batch in tqdm(mine, desc=what, disable=not state.is_main_process, leave=False):
-        found += zip(batch, measure(batch), strict=True)
+    with tqdm(total=len(numbers), desc=what, disable=not state.is_main_process, leave=False) as bar:
+        for batch, values in each(how.budget, kind, what, numbers, widths, planned, measure):
+            found += zip(batch, values, strict=True)
+            bar.update(len(batch))
     return dict(found if together else gather_object(found))
 
 
@@ -269,21 +301,31 @@ def _prompt(row: Row) -> Prompt | None:
     return tuple(row["input_ids"][:start].tolist()) if (row["labels"][start:] != IGNORE).all() else None
 
 
-def _plan(rows: Sequence[Row], prompts: Sequence[Prompt | None], batch_size: int) -> list[list[int]]:
+def _groups(rows: Sequence[Row], prompts: Sequence[Prompt | None], numbers: Iterable[int]) -> list[list[int]]:
+    """Row numbers by their prompts: first those that are alone with theirs, by length; then the rest, by prompts' lengths."""
+    found: dict[Prompt, list[int]] = {}
+    for i in numbers:
+        found.setdefault((-1 - i,) if (prompt := prompts[i]) is None else prompt, []).append(i)
+
+    def place(group: list[int]) -> tuple[bool, int, int]:
+        longest, prompt = max(len(rows[i]["input_ids"]) for i in group), prompts[group[0]]
+        return (False, -longest, 0) if prompt is None or len(group) == 1 else (True, -len(prompt), -longest)
+
+    return sorted(found.values(), key=place)
+
+
+def _plan(rows: Sequence[Row], prompts: Sequence[Prompt | None], numbers: list[int], size: Size) -> list[list[int]]:
     """Row numbers in batches: those that share a prompt with others, by prompts of one length; and the rest, by length."""
-    groups: dict[Prompt, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        groups.setdefault((-1 - i,) if prompt is None else prompt, []).append(i)
-    alone = [group[0] for group in groups.values() if len(group) == 1]
-    alone.sort(key=lambda i: -len(rows[i]["input_ids"]))
-    batches = [alone[i : i + batch_size] for i in range(0, len(alone), batch_size)]
-    together = [(len(prompt), max(len(rows[i]["input_ids"]) for i in group), group) for prompt, group in groups.items()]
+    groups = _groups(rows, prompts, numbers)
+    widths = [len(row["input_ids"]) for row in rows]
+    batches = cut([group[0] for group in groups if len(group) == 1], widths, size)
     last = None
-    for length, _, group in sorted((entry for entry in together if len(entry[2]) > 1), reverse=True):
-        if length == last and len(batches[-1]) + len(group) <= batch_size:
-            batches[-1] += group
+    for piece in (piece for group in groups if len(group) > 1 for piece in cut(group, widths, size)):
+        length = prompt_length(rows[piece[0]])
+        if length == last and size.holds(len(batches[-1]) + len(piece), max(widths[i] for i in [*batches[-1], *piece])):
+            batches[-1] += piece
         else:
-            batches.append(list(group))
+            batches.append(piece)
         last = length
     return batches
 

@@ -7,6 +7,7 @@ generation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,11 +110,12 @@ def score_rows(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
     reference: PreTrainedModel | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_length: int = 500,
     max_new_tokens: int = 200,
     rouge_tokenizer: str = "ascii",
     special_tokens: bool | None = None,
+    tokens_per_batch: int | None = None,
 ) -> pd.DataFrame:
     """Every score that has a value for a single row, for (prompt, answer) texts: a data frame, one line a row.
 
@@ -122,17 +124,18 @@ def score_rows(
     answer without a word, see `scores.rouge_recalls`). In float64 where the model is.
 
     Args:
+        batch_size, tokens_per_batch: how much is run at once, as of `Pass`.
         special_tokens: whether the tokenizer's own are added; None: to texts that do not begin with them.
     """
     if not pairs:
         raise ValueError("no rows to score")
     rows = tokenize_pairs(pairs, tokenizer, min(max_length, positions_of(model) or max_length), special_tokens=special_tokens)
     check_fit(model, rows, [f"pairs[{i}]" for i in range(len(rows))])
-    how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, batch_size=batch_size)
+    how = Pass(model, pad_id(tokenizer), tokenizer.eos_token_id, False, batch_size, tokens_per_batch)
     forced = teacher_force(how, rows, moments=True)
     others: list[float | None] = [None] * len(rows)
     if reference is not None:
-        others = [one.loss for one in teacher_force(Pass(reference, how.pad, how.eos, batch_size=batch_size), rows)]
+        others = [one.loss for one in teacher_force(replace(how, model=reference), rows)]
     texts = [answer for _, answer in pairs]
     answers = greedy_answers(how, rows, tokenizer, forced, max_length=None, max_new_tokens=max_new_tokens)
     recalls = scores.rouge_recalls(answers, texts, rouge_tokenizer)["rougeL"]
