@@ -50,6 +50,8 @@ def prepare(settings: Forget) -> tuple[Forget, Family]:
     check_logger(settings.logger)
     check_optimizer(settings.optim, settings.parallel)
     settings = settings.model_copy(update={"model_path": original_of(settings, family)})
+    if settings.geffect.monitor and not settings.geffect.every:
+        raise ValueError("geffect.monitor=true: along what geffect.every measures, which is 0; geffect.every=1 or more")
     method, retain = settings.method, settings.retain
     if method.name in RETAINED and retain.name != method.name:
         raise ValueError(f"retain={retain.name}: method={method.name} is ga with the retain term {method.name} already")
@@ -116,7 +118,7 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
         risks = {"unlearn": measured["forget"], "retain": measured["retain"]}
         parts = Wanted(instances=wanted.instances, norms=wanted.norms)
         meter = Meter(model, Target(loss, target, beside), risks, pad, parts, bf16=bf16, offload=wanted.offload)
-        callbacks.append(GEffectCallback(meter, wanted.every, folder / "geffect"))
+        callbacks.append(GEffectCallback(meter, wanted.every, folder / "geffect", wanted.monitor))
     if settings.eval.every:
         rows = {name: measured[name] for name in ("forget", "retain")}
         callbacks.append(ScoreCallback(how, rows, settings.eval.every, folder / "scores.csv"))
