@@ -89,7 +89,7 @@ CHANGES = {
     "float32": lambda model: None,
     "float64": lambda model: model.double(),
     "bfloat16": lambda model: model.bfloat16(),
-    "lora": lambda model: add_lora(model, LoRA(r=2), 0, "unused"),
+    "lora": lambda model: add_lora(model, LoRA(r=2, alpha=4, dropout=0.0), 0, "unused"),
     "partly frozen": lambda model: model.get_input_embeddings().requires_grad_(False),
 }
 
@@ -106,7 +106,7 @@ def test_every_step_is_as_exact_inner_products_tell(kind: str, young: Path, tmp_
     for step, found in enumerate(copies.steps):
         norm = sum(float(g.square().sum()) for g in found["g"].values()) ** 0.5
         if kind != "bfloat16":
-            assert norm <= 0.1 + 1e-6  # clipped
+            assert norm <= 0.1 * (1 + 1e-4)  # clipped, by a norm that is summed in float32
         for d, risk in enumerate(("unlearn", "retain")):
             row = table[(table["step"] == step) & (table["risk"] == risk)].iloc[0]
             v = {name: x[d] for name, x in found["v"].items()}
