@@ -102,20 +102,20 @@ def test_every_step_is_as_exact_inner_products_tell(kind: str, young: Path, tmp_
     table = read(tmp_path / "geffect" / "monitor.csv")
     assert list(table["step"]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert list(table["age"]) == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1]
-    bound = 1e-13 if kind == "float64" else 1e-6
+    bound = 1e-13 if kind == "float64" else 1e-5
     for step, found in enumerate(copies.steps):
         norm = sum(float(g.square().sum()) for g in found["g"].values()) ** 0.5
-        if kind != "bfloat16":
-            assert norm <= 0.1 * (1 + 1e-4)  # clipped, by a norm that is summed in float32
+        assert norm <= 0.1 * (1 + 1e-2)  # clipped, in the gradient's precision
         for d, risk in enumerate(("unlearn", "retain")):
             row = table[(table["step"] == step) & (table["risk"] == risk)].iloc[0]
             v = {name: x[d] for name, x in found["v"].items()}
             of_v = sum(float(x.square().sum()) for x in v.values()) ** 0.5
-            weights = sum(float((x * v[name]).square().sum()) for name, x in found["before"].items()) ** 0.5
+            ends = (found["before"], found["after"])
+            weights = max(sum(float((x * v[name]).square().sum()) for name, x in end.items()) ** 0.5 for end in ends)
             gradient = sum(float((g * v[name]).sum()) for name, g in found["g"].items())
             update = sum(float(((x - found["before"][name]) * v[name]).sum()) for name, x in found["after"].items())
             assert row["gradient"] == pytest.approx(gradient, abs=bound * norm * of_v)
-            assert row["cosine"] == pytest.approx(gradient / (norm * of_v), abs=10 * bound)
+            assert row["cosine"] == pytest.approx(gradient / (norm * of_v), abs=bound)
             assert row["update"] == pytest.approx(update, abs=bound * weights)
             assert update != 0
 
