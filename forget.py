@@ -82,8 +82,9 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
 
     from app import building
     from app.building import build_loss, how_to_train, load_to_train, step_batches, with_reference, with_second
+    from app.measuring import while_unlearning
     from dataloader import beside_rows, idk_rows
-    from unlearn.geffect import GEffectCallback, Meter, Target, Wanted
+    from unlearn.geffect import Target
     from unlearn.models.checkpoints import load_weights, pad_id
     from unlearn.passes.forcing import Pass, token_mean, token_nlls
     from unlearn.reporting.figures import draw
@@ -113,13 +114,8 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
 
     callbacks: list[TrainerCallback] = []
     if settings.geffect.every:
-        wanted = settings.geffect
-        beside = beside_rows(retain, wanted.retain_rows, len(target), settings.seed)
-        risks = {"unlearn": measured["forget"], "retain": measured["retain"]}
-        parts = Wanted(instances=wanted.instances, norms=wanted.norms)
-        meter = Meter(model, Target(loss, target, beside), risks, pad, parts, bf16=bf16, offload=wanted.offload)
-        meter.budget = how.budget
-        callbacks.append(GEffectCallback(meter, wanted.every, folder / "geffect"))
+        beside = beside_rows(retain, settings.geffect.retain_rows, len(target), settings.seed)
+        callbacks.append(while_unlearning(settings, how, Target(loss, target, beside), measured, folder))
     if settings.eval.every:
         rows = {name: measured[name] for name in ("forget", "retain")}
         callbacks.append(ScoreCallback(how, rows, settings.eval.every, folder / "scores.csv"))

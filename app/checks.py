@@ -202,8 +202,10 @@ def check_trainable(pattern: str | None, path: str, adapters: Adapters | Inherit
 
 def check_method(settings: Forget) -> None:
     """Raises ValueError where the method does not go with the retain term; or with measuring while it trains, what it trains
-    being subtracted afterwards."""
+    being subtracted afterwards; or where a monitor has nothing to go along."""
     method, retain = settings.method, settings.retain
+    if settings.geffect.monitor and not settings.geffect.every:
+        raise ValueError("geffect.monitor=true: along what geffect.every measures, which is 0; geffect.every=1 or more")
     if method.name in RETAINED and retain.name != method.name:
         raise ValueError(f"retain={retain.name}: method={method.name} is ga with the retain term {method.name} already")
     if method.negate is None:

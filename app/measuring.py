@@ -11,7 +11,7 @@ from app.compose import compose
 from app.families import Family
 from app.methods import layer_of, parse_method
 from app.runs import run_of, saved_settings
-from app.settings import GEffects, Method, Retain
+from app.settings import Forget, GEffects, Method, Retain
 from unlearn.io.rows import read_jsonl, read_object, write_json
 from unlearn.io.weights import is_of, run_checkpoints, step_of, weights_of
 from utils import is_main_process, model_device, use_bfloat16
@@ -19,7 +19,7 @@ from utils import is_main_process, model_device, use_bfloat16
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from unlearn.geffect import Meter
+    from unlearn.geffect import GEffectCallback, Meter, Target
     from unlearn.objectives.rows import Row
     from unlearn.passes import Pass
 
@@ -203,6 +203,26 @@ class Measured:
 def kind_of(group: Method | Retain) -> str:
     """Whose rows and answers its loss is of: `forget`, `idk` or `retain`."""
     return group.answers if isinstance(group, Method) else "retain"
+
+
+def while_unlearning(
+    settings: Forget, how: Pass, target: Target, rows: Mapping[str, list[Row]], folder: Path
+) -> GEffectCallback:
+    """What measures G-effects in a run's training, into the run's `geffect/`.
+
+    Args:
+        how: the trained model and how it is run, its budget shared.
+        rows: tokenised, `forget` and held-out `retain`: of the risks.
+    """
+    from unlearn.geffect import GEffectCallback, Meter, Wanted
+    from unlearn.geffect.parts import RISKS
+
+    wanted = settings.geffect
+    risks = dict(zip(RISKS, (rows["forget"], rows["retain"]), strict=True))
+    parts = Wanted(instances=wanted.instances, norms=wanted.norms)
+    meter = Meter(how.model, target, risks, how.pad, parts, bf16=how.bf16, offload=wanted.offload)
+    meter.budget = how.budget
+    return GEffectCallback(meter, wanted.every, folder / "geffect", wanted.monitor)
 
 
 def held_out_by_run(settings: GEffects) -> int | None:

@@ -83,6 +83,9 @@ class WhileUnlearning(Settings):
         True, "with instances also the gradient's norm, and so the cosines: one more copy of the model", named=False
     )
     offload: bool = setting(False, "true: the risks' gradients V in CPU memory, each module's fetched when needed", named=False)
+    monitor: bool = setting(
+        False, "also every step's gradient and update along V of the last measurement, into monitor.csv", named=False
+    )
 
 
 class OfCheckpoints(Settings):

@@ -93,7 +93,7 @@ def test_what_changes_the_weights_is_named_or_in_the_name() -> None:
         "merge",
         "log_conflict",
     }
-    no_weights |= {f"geffect.{name}" for name in ("every", "retain_rows", "instances", "norms", "offload")}
+    no_weights |= {f"geffect.{name}" for name in ("every", "retain_rows", "instances", "norms", "offload", "monitor")}
     unnamed = {key for key, _ in fields(Forget)} - marked(Forget, "named")
     assert unnamed == in_the_name | paths | no_weights | marked(Forget, "may_differ")
 

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from unlearn.geffect.meter import Meter
+from unlearn.geffect.monitor import Monitor, keep
 from unlearn.geffect.parts import RISKS
 from unlearn.geffect.tables import TableFolder, Tables
 from unlearn.geffect.target import Target, Wanted
@@ -169,23 +170,56 @@ class GEffectCallback(TrainerCallback):
     `folder`; a training that goes on from a checkpoint keeps what stands there of the steps before.
 
         trainer = Trainer(model=model, callbacks=[GEffectCallback(meter, every=5, folder="geffect")], ...)
+
+    Args:
+        monitor: also write every step's own inner products with the gradients of the risks measured last (see `.monitor`),
+            and put them into the step's log as e_u and e_r, for the progress bar.
     """
 
-    def __init__(self, meter: Meter, every: int, folder: str | Path) -> None:
+    def __init__(self, meter: Meter, every: int, folder: str | Path, monitor: bool = False) -> None:
         self.meter, self.every, self.folder = meter, every, Path(folder)
         self.pending: Tables | None = None
+        self.monitor = Monitor(meter, self.folder / "monitor.csv") if monitor else None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Raises ValueError for a monitor of a training in float16, whose gradients are scaled."""
+        keep(self.folder / "monitor.csv", state.global_step, self.monitor is not None)
+        if self.monitor is not None:
+            if args.fp16:
+                raise ValueError("monitor: not with fp16=True, whose gradients are scaled; bf16=True has none of that")
+            self.monitor = Monitor(self.meter, self.monitor.file)
         self.store = TableFolder(self.folder)
         self.store.keep(state.global_step if state.global_step else -1)  # an earlier training's are not this one's
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 and state.global_step not in self.store.steps():
+            self._finish()
             self.pending = self.meter.measure()
+            if self.monitor is not None:
+                self.monitor.measured(state.global_step)
             self.meter.start_update()
             self.lr = kwargs["optimizer"].param_groups[0]["lr"]
+        elif self.monitor is not None and self.monitor.since is None:
+            self.monitor.measure(state.global_step)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.take(state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if self.monitor is not None and "loss" in logs:
+            logs |= dict(zip(("e_u", "e_r"), self.monitor.shown, strict=True))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._finish()  # a signal's save is known too late for `on_step_end`
+
+    def _finish(self) -> None:
+        if self.monitor is not None:
+            self.monitor.finish()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if control.should_save:
+            self._finish()
         if self.pending is not None:
             tables, self.pending = self.pending, None
             tables |= with_update(tables, self.meter)
@@ -196,6 +230,7 @@ class GEffectCallback(TrainerCallback):
             self.store.put(state.global_step - 1, tables | {"prediction": pd.DataFrame(columns)})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._finish()
         if state.global_step == state.max_steps and state.global_step not in self.store.steps():
             self.store.put(state.global_step, self.meter.measure())
 

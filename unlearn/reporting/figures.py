@@ -9,6 +9,7 @@ with `geffect/` inside. What a figure needs and the tables lack leaves that figu
     layers       e by layer and step; `updates` is the same for the update effect
     instances    e_u against e_r, a point a forget row
     tokens       the text of some forget rows, each token coloured by its share of e_r
+    monitor      every step's gradient and update along the risks' gradients, beside the measured ones
     prediction   the change of risk that was measured, beside the update effect and -lr e
     sweep        e_u and e_r of each method at each hyper-parameter; `objectives`, e_r against e_u, a point for each, and
                  `objectives_steps`, both over the steps
@@ -34,6 +35,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
+from unlearn.reporting.monitor_figure import draw_monitor
 from unlearn.reporting.objectives_figure import draw_objectives, draw_objectives_over_steps
 from unlearn.reporting.style import (
     COLOURS,
@@ -105,6 +107,7 @@ def make_figures(tables: dict[str, DataFrame], rows: Sequence[int] | None = None
         "updates": draw_layers(table["updates.csv"], "update_effect", "update effect (nats/token); above 0: the risk rises"),
         "instances": draw_instances(table["instances.csv"]),
         "tokens": draw_tokens(table["tokens.parquet"], rows, step),
+        "monitor": draw_monitor(table["monitor.csv"], table["steps.csv"], table["prediction.csv"]),
         "prediction": draw_prediction(table["prediction.csv"]),
         "sweep": draw_sweep(table["sweep.csv"], step),
         "objectives": draw_objectives(table["sweep.csv"], step),

@@ -26,6 +26,7 @@ TABLES = {
     "updates.csv": Columns(("step", "risk", "layer", "module"), ("update_effect",)),
     "instances.csv": Columns(("step", "risk", "row"), ("geffect",), ("risk", "row")),
     "tokens.parquet": Columns(("step", "risk", "row", "position"), ("token", "loss", "geffect")),
+    "monitor.csv": Columns(("step", "risk"), ("gradient", "update")),
     "prediction.csv": Columns(("step", "risk"), ("minus_lr_geffect", "update_effect", "risk_change")),
     "sweep.csv": Columns(("step", "risk", "method", "hyper_param"), ("geffect",)),
 }

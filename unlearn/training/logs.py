@@ -30,11 +30,12 @@ def peak_memory() -> int:
 
 
 class Progress(ProgressCallback):
-    """A progress bar with the loss beside it, in place of a printed line a step."""
+    """A progress bar with the loss beside it, and the monitor's G-effects, in place of a printed line a step."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+            effects = {name: f"{logs[name]:.2g}" for name in ("e_u", "e_r") if name in logs}
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", **effects)
 
     def close(self) -> None:
         """End the bar's line, if the run has stopped before its end."""
