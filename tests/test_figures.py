@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -281,20 +282,25 @@ def test_prediction_and_measurement_are_the_table(folder: Path, drawn: dict[str,
         np.testing.assert_array_equal(data(below.lines[0], "x"), data(below.lines[0], "y"))  # the diagonal
 
 
+def points_of(line: Any) -> list[list[float]]:
+    return line.get_xydata().tolist()
+
+
 def test_every_objective_is_a_point_with_its_name(drawn: dict[str, Figure], folder: Path) -> None:
     [axes] = drawn["objectives"].axes
     last = pd.read_csv(folder / "sweep.csv").query("step == step.max()")
-    points = {(x, y) for line in axes.lines if line.get_marker() not in ("", "None") for x, y in line.get_xydata()}
+    points = {tuple(point) for line in axes.lines if line.get_marker() not in ("", "None") for point in points_of(line)}
     of_risk = (last[last["risk"] == risk].sort_values(["method", "hyper_param"])["geffect"] for risk in ("unlearn", "retain"))
     assert points == set(zip(*of_risk, strict=True))
     assert {text.get_text() for text in axes.texts} == {"wga 5", "wga 1", "npo 0.5", "idk"}
-    for text in axes.texts:
+    texts: list[Any] = list(axes.texts)
+    for text in texts:
         method, _, number = text.get_text().partition(" ")
         row = last[
             (last["method"] == method) & (last["hyper_param"].eq(float(number)) if number else last["hyper_param"].isna())
         ]
         assert text.xy == tuple(row.set_index("risk").loc[["unlearn", "retain"], "geffect"])
-    upper = axes.patches[0]  # the quarter in which the unlearn risk rises and the retain risk does not
+    upper: Any = axes.patches[0]  # the quarter in which the unlearn risk rises and the retain risk does not
     assert upper.get_x() <= 0
     assert (upper.get_x() + upper.get_width(), upper.get_y()) == (0, 0)
     assert upper.get_height() >= 0
@@ -303,7 +309,7 @@ def test_every_objective_is_a_point_with_its_name(drawn: dict[str, Figure], fold
 def test_objectives_over_the_steps(drawn: dict[str, Figure], folder: Path) -> None:
     table = pd.read_csv(folder / "sweep.csv")
     for axes, risk in zip(drawn["objectives_steps"].axes, ("unlearn", "retain"), strict=True):
-        shown = [line.get_xydata() for line in axes.lines if line.get_marker() not in ("", "None")]
+        shown = [points_of(line) for line in axes.lines if line.get_marker() not in ("", "None")]
         assert sum(map(len, shown)) == len(table[table["risk"] == risk])
         assert {text.get_text() for text in axes.texts} == {"wga 5", "wga 1", "npo 0.5", "idk"}
 
