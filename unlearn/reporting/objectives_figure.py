@@ -7,6 +7,7 @@ gradients' norms were asked for, cosine.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ from unlearn.reporting.style import PALETTE, SHAPES, SYMBOLS, UNIT, WIDE, fit_sc
 from unlearn.reporting.tables import RISKS, at_step, risks_of
 
 NAMES = 4.4  # inches that the names of forty objectives take, one below the other
-AREA = {"facecolor": "#009E73", "alpha": 0.08, "linewidth": 0, "zorder": 0}
+AREA: dict[str, Any] = {"facecolor": "#009E73", "alpha": 0.08, "linewidth": 0, "zorder": 0}
 
 
 def draw_objectives(table: DataFrame, step: int | None, value: str = "geffect") -> Figure | None:
@@ -82,7 +83,7 @@ def _of(risk: str, value: str) -> str:
     return f"{SYMBOLS[risk]}, G-effect {UNIT}" if value == "geffect" else f"cosine with the {risk} risk's gradient"
 
 
-def _mark(i: int) -> dict[str, str]:
+def _mark(i: int) -> dict[str, Any]:
     return {"color": PALETTE[i % len(PALETTE)], "marker": SHAPES[i % len(SHAPES)]}
 
 
