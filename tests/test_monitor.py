@@ -74,7 +74,12 @@ def trained(
     meter = meter_of(model, tokenizer, FORGET, KEEP, ga, wanted=Wanted(instances=False))
     rows = tokenize_pairs(FORGET, tokenizer)
     copies = Copies(meter)
-    settings = {"max_steps": 5, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
+    settings: dict[str, Any] = {
+        "max_steps": 5,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.1,
+    }
     settings |= {"report_to": [], "save_strategy": "no", "learning_rate": 1e-3, "use_cpu": True, "logging_steps": 1, "seed": 3}
     Trainer(
         model=model,
@@ -205,9 +210,10 @@ def test_the_progress_bar_has_both() -> None:
         def set_postfix(self, **shown: str) -> None:
             self.shown = shown
 
-    progress, bar = Progress(), Bar()
+    progress: Any = Progress()
+    bar = Bar()
     progress.training_bar = bar
-    progress.on_log(None, None, None, logs={"loss": 2.0, "e_u": -0.0123, "e_r": 4.567})  # type: ignore[arg-type]
+    progress.on_log(None, None, None, logs={"loss": 2.0, "e_u": -0.0123, "e_r": 4.567})
     assert bar.shown == {"loss": "2.000", "e_u": "-0.012", "e_r": "4.6"}
 
 
@@ -218,7 +224,7 @@ def test_the_figure_shows_lines_and_measured_points() -> None:
     measured = frame[frame["step"] % 2 == 0]
     figure = draw_monitor(monitor, measured.assign(geffect=1.0), measured.assign(update_effect=2.0))
     assert isinstance(figure, Figure)
-    grid = figure.axes
+    grid: Any = figure.axes
     shown = [[list(line.get_ydata()) for line in axes.lines if len(line.get_xdata()) in (3, 5)] for axes in grid]
     assert shown[0] == [[0, 2, 4, 6, 8], [1, 1, 1]]
     assert shown[3] == [[11, 13, 15, 17, 19], [2, 2, 2]]
