@@ -35,7 +35,7 @@ def parse_args(argv: list[str], script: str = "basher1.py", description: str | N
     parser = argparse.ArgumentParser(description=description, formatter_class=as_typed, usage=usage)
     parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument(
-        "method", help="ga, wga, npo, tnpo, wtnpo, rmu_LAYER, idk, gd, kl, ..., each with an optional _gd or _kl"
+        "method", help="a file of config/method (rmu_LAYER, wtnpo_ALPHA), with an optional _RETAIN, a file of config/retain"
     )
     parser.add_argument("--model", required=True, help="a family of config/model_config.yaml")
     parser.add_argument("--setting", required=True, help="the split to unlearn: forget01, forget05 or forget10")

@@ -299,9 +299,9 @@ def test_what_a_user_gets_wrong(
     cases = {
         "model_path_cur=icml": ["icml", "without a checkpoint"],
         "model_family=tiny method=ga model_path_cur=data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0": ["step=N"],
-        "model_family=tiny": ["method is missing", "ga, gd, idk"],
+        "model_family=tiny": ["method is missing", "flat, ga, gd, idk"],
         "model_family=tiny method=ga": ["save_dir"],
-        f"model_path_cur={RUN} sweep=[ga,foo:1]": ["foo", "ga, gd, idk"],
+        f"model_path_cur={RUN} sweep=[ga,foo:1]": ["foo", "flat, ga, gd, idk"],
         f"model_path_cur={RUN} sweep=[wga:x]": ["wga:x", "METHOD:HYPER"],
         f"model_path_cur={RUN} method=ga": ["other settings", "method.name=npo there, ga here"],
         f"model_path_cur={RUN} dtype=float16": ["float16", "float64"],

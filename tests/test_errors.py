@@ -20,6 +20,7 @@ from app.compose import given
 from app.data import check_rows
 from app.door import cli
 from app.families import load_families, load_family
+from app.methods import choices, retain_terms
 from app.runs import check_run, open_run
 from app.settings import COMMANDS as SETTINGS
 from app.settings import Aggregate, Forget
@@ -28,7 +29,7 @@ CONFIGS = {"finetune": "finetune", "forget": "forget"}
 CONFIGS |= {"tofu_evaluation": "eval_tofu", "evaluation_everything": "eval_everything"}
 CLASSES: dict[str, tuple[Any, ...]] = {script: (SETTINGS[config],) for script, config in CONFIGS.items()}
 CLASSES["tofu_evaluation"] += (Aggregate,)
-METHODS = "ga, gd, idk, kl, npo, rmu, task_vector, tnpo, wga, wtnpo"
+METHODS, TERMS = ", ".join(choices("method")), retain_terms()
 FAMILIES = "llama2-7b, phi"
 SPLITS = "forget01, forget05, forget10"
 SET = "settings are key=value"
@@ -45,7 +46,7 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} method=ins_npo", ["ins_npo", METHODS, "method=tnpo"]),
     (f"{GA} method=rmu_21", ["rmu_21", METHODS, "method=rmu method.layer=21"]),
     (f"{GA} method=grad_diff", ["grad_diff", METHODS, "method=gd"]),
-    (f"{GA} retain=foo", ["retain=foo", "gd, kl, none"]),
+    (f"{GA} retain=foo", ["retain=foo", ", ".join(choices("retain"))]),
     (f"{GA} method=gd retain=kl", ["retain=kl", "method=gd is ga with the retain term gd"]),
     ("finetune.py --config-name=forget model_family=tiny", ["forget's", "--config-name=finetune"]),
     (f"{GA} retain_holdout=0", ["retain_holdout=0", "at least 1"]),
@@ -185,7 +186,7 @@ CHECKED = [  # a command, and what its line needs to contain
     ("finetune.py model_family=tiny num_epochs=0.01", ["num_epochs=0.01 of 400 rows", "step of 16"]),
     # basher1
     ("basher1.py xyz --model=tiny --setting=forget10", ["xyz", METHODS, "ins_npo", "rmu_LAYER"]),
-    ("basher1.py npo_foo --model=tiny --setting=forget10", ["npo_foo", METHODS, "_gd or _kl"]),
+    ("basher1.py npo_foo --model=tiny --setting=forget10", ["npo_foo", METHODS, f"_{' or _'.join(TERMS)}"]),
     ("basher1.py ga_21 --model=tiny --setting=forget10", ["ga_21", METHODS]),
     ("basher1.py rmu_x --model=tiny --setting=forget10", ["rmu_x", "rmu_LAYER"]),
     ("basher1.py ga --model=lama --setting=forget10", ["lama", FAMILIES]),
@@ -447,7 +448,7 @@ def test_help_names_every_key_with_its_meaning(place: Path, script: str) -> None
     for words in (rows, "model_family: llama, ", "save_dir: null # "):
         assert words in done.stdout
     assert done.stdout.count("\nbatch_size: ") == 1
-    assert ("method: ga, gd, idk, kl, npo, rmu, tnpo, wga, wtnpo" in done.stdout) == (script == "forget")
+    assert (f"method: {METHODS}" in done.stdout) == (script == "forget")
 
 
 CONVERT = "AutoModelForCausalLM.from_pretrained('given').save_pretrained(NEW)"
