@@ -21,7 +21,7 @@ from unlearn.geffect.tangents import Dual, contract
 from unlearn.geffect.target import Target
 from unlearn.objectives.loss import PARTS, reference_outputs
 from unlearn.objectives.needs import OF_REFERENCE, looks_at_layers, read_by
-from unlearn.objectives.rows import Row, collate, counts, forget_batch, seconds
+from unlearn.objectives.rows import Row, counts, forget_batch, seconds
 from unlearn.objectives.statistics import STATISTICS
 from unlearn.objectives.tokens import Tokens, layers_of
 from unlearn.passes.batches import Batch, bar, on
@@ -148,8 +148,9 @@ class Shared:
         """For each use: the target's number, its batch, the tokens' losses (M,), and their shares (D, M)."""
         pieces: dict[int, Piece] = {}
         for rows in self._batches(unit, size):
-            batch = on(collate([self.rows[n] for n in rows], pad), device)
-            pieces |= zip(rows, apart(self._pass(tangents, batch, self.wants[rows[0]])), strict=True)
+            of = [self.rows[n] for n in rows]
+            dual = self._pass(tangents, on(forget_batch(of, [], pad), device), self.wants[rows[0]])
+            pieces |= zip(rows, apart(dual, [counts([row])[0] for row in of]), strict=True)
         duals: dict[tuple[int, ...], Dual] = {}
         for (number, part), of_target in unit.uses.items():
             several = [self.of[number, part][i] for i in of_target]
@@ -164,8 +165,7 @@ class Shared:
         given: dict[str, Tensor] = {"refusal": self.refusal} if "refusal" in made_of and self.refusal is not None else {}
         compared = (wanted | made_of) & set(OF_REFERENCE)
         if compared and self.reference is not None:
-            part, all_rows = PARTS[0], {"n_forget": len(batch["labels"])}
-            given |= reference_outputs(self.reference, batch | all_rows, {part: compared}, self.layers)[part]
+            given |= reference_outputs(self.reference, batch, {PARTS[0]: compared}, self.layers)[PARTS[0]]
         return tangents(batch, self.layers if "hidden" in wanted else None, wanted, given)
 
 
@@ -196,9 +196,8 @@ def shares_of(
             yield from group.shares(tangents, unit, size, pad, device)
 
 
-def apart(dual: Dual) -> list[Piece]:
-    """A batch's outputs and tangents row by row."""
-    sizes = torch.bincount(dual.tokens.row, minlength=dual.tokens.n_rows).tolist()
+def apart(dual: Dual, sizes: list[int]) -> list[Piece]:
+    """A batch's outputs and tangents row by row, of so many label tokens each."""
     names = ("nll", "label", *sorted(OF_MODELS))
     values = {name: x.split(sizes) for name in names if (x := getattr(dual.tokens, name)) is not None}
     changes = {name: x.split(sizes, dim=1) for name, x in dual.tangents.items()}
