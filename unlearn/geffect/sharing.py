@@ -25,8 +25,10 @@ from unlearn.objectives.rows import Row, counts, forget_batch, seconds
 from unlearn.objectives.statistics import STATISTICS
 from unlearn.objectives.tokens import Tokens, layers_of
 from unlearn.passes.batches import Batch, bar, on
+from unlearn.passes.sizes import Budget, Size, cut, each
 
 OF_MODELS = frozenset({"logits", "hidden", *OF_REFERENCE, *STATISTICS})  # of `Tokens`, what a pass gives beside losses
+WHAT = "forward mode"
 Use = tuple[int, str]  # a target's number, and which of its rows: of `PARTS`
 Piece = tuple[dict[str, Tensor], dict[str, Tensor]]  # of one row by name (m, ...), and the tangents (D, m, ...)
 Tangents = Callable[..., Dual]  # of a batch, with the layers, the names that are wanted, and what they are made of
@@ -65,6 +67,7 @@ class Shared:
 
     def __post_init__(self) -> None:
         self.layers: tuple[int, ...] = ()
+        self.widths: list[int] = []  # tokens of each row
         self._numbers: dict[Any, int] = {}
 
     def takes(self, target: Target) -> bool:
@@ -92,23 +95,24 @@ class Shared:
         if number == len(self.rows):
             self.rows.append({key: row[key] for key in ("input_ids", "labels")})
             self.wants.append(frozenset())
+            self.widths.append(len(row["input_ids"]))
         self.wants[number] |= wanted
         return number
 
     # ---- which rows pass together ----
 
-    def units(self, size: int) -> list[Unit]:
-        """Of `size` questions at most, of like length and with the same uses."""
+    def units(self, size: Size) -> list[Unit]:
+        """Of as many questions as a batch may have rows, of like length and with the same uses."""
         alike: dict[frozenset[Use], list[Unit]] = {}
         for unit in self._questions():
             alike.setdefault(frozenset(unit.uses), []).append(unit)
         found = []
         for units in alike.values():
-            units.sort(key=lambda unit: -max(self._length(n) for n in unit.rows))
-            for i in range(0, len(units), size):
+            longest = [max(self.widths[n] for n in unit.rows) for unit in units]
+            for together in cut(sorted(range(len(units)), key=lambda i: -longest[i]), longest, size):
                 found.append(Unit())
-                for one in units[i : i + size]:
-                    found[-1].add(one)
+                for i in together:
+                    found[-1].add(units[i])
         return found
 
     def _questions(self) -> list[Unit]:
@@ -131,26 +135,27 @@ class Shared:
                 units[lead(first)].uses.setdefault(use, []).append(i)
         return list(units.values())
 
-    def _length(self, n: int) -> int:
-        return len(self.rows[n]["input_ids"])
-
-    def _batches(self, unit: Unit, size: int) -> Iterator[list[int]]:
-        """The unit's rows: in one batch those of which the same is wanted, of like length."""
+    def _batches(self, rows: list[int], size: Size) -> list[list[int]]:
+        """In one batch those of which the same is wanted, of like length."""
         alike: dict[frozenset[str], list[int]] = {}
-        for n in sorted(unit.rows, key=lambda n: -self._length(n)):
+        for n in sorted(rows, key=lambda n: -self.widths[n]):
             alike.setdefault(self.wants[n], []).append(n)
-        for rows in alike.values():
-            yield from (rows[i : i + size] for i in range(0, len(rows), size))
+        return [batch for of in alike.values() for batch in cut(of, self.widths, size)]
 
     # ---- the passes ----
 
-    def shares(self, tangents: Tangents, unit: Unit, size: int, pad: int, device: torch.device) -> Iterator[Any]:
+    def shares(self, tangents: Tangents, unit: Unit, budget: Budget, pad: int) -> Iterator[Any]:
         """For each use: the target's number, its batch, the tokens' losses (M,), and their shares (D, M)."""
-        pieces: dict[int, Piece] = {}
-        for rows in self._batches(unit, size):
+        device = budget.model.device
+
+        def measure(rows: list[int]) -> list[Piece]:
             of = [self.rows[n] for n in rows]
             dual = self._pass(tangents, on(forget_batch(of, [], pad), device), self.wants[rows[0]])
-            pieces |= zip(rows, apart(dual, [counts([row])[0] for row in of]), strict=True)
+            return apart(dual, [counts([row])[0] for row in of])
+
+        pieces: dict[int, Piece] = {}
+        for rows, found in each(budget, "tangents", WHAT, unit.rows, self.widths, self._batches, measure):
+            pieces |= zip(rows, found, strict=True)
         duals: dict[tuple[int, ...], Dual] = {}
         for (number, part), of_target in unit.uses.items():
             several = [self.of[number, part][i] for i in of_target]
@@ -181,19 +186,19 @@ def shared(targets: Sequence[Target]) -> list[Shared]:
 
 
 def shares_of(
-    targets: Sequence[Target], tangents: Tangents, size: int, pad: int, device: torch.device
+    targets: Sequence[Target], tangents: Tangents, budget: Budget, pad: int
 ) -> Iterator[tuple[int, Batch, Tensor, Tensor]]:
     """For each target and batch of it: the target's number, the batch, the tokens' losses (M,), their shares (D, M).
 
     Args:
         tangents: `token_tangents` of a batch.
-        size: rows that pass at once, at most.
+        budget: how many rows pass at once; a batch that does not fit passes in parts.
     """
     state = PartialState()
     for group in shared(targets):
-        mine = group.units(size)[state.process_index :: state.num_processes]
-        for unit in bar(mine, "forward mode"):
-            yield from group.shares(tangents, unit, size, pad, device)
+        units = group.units(budget.size("tangents", max(group.widths)))
+        for unit in bar(units[state.process_index :: state.num_processes], WHAT):
+            yield from group.shares(tangents, unit, budget, pad)
 
 
 def apart(dual: Dual, sizes: list[int]) -> list[Piece]:

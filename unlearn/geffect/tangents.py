@@ -11,7 +11,7 @@ Letters: M label tokens of the batch, D directions, V vocabulary, d hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
