@@ -47,7 +47,7 @@ def prepare(settings: GEffects) -> tuple[GEffects, Family]:
     check_trainable(settings.trainable, settings.model_path, settings.LoRA)
     check_wanted(settings)
     find_steps(settings)
-    parse_sweep(settings)
+    parse_sweep(settings, say)
     if settings.save_dir is None and run is None:
         raise ValueError(
             f"save_dir is missing: {settings.model_path_cur or settings.model_path} is of no run; give save_dir=FOLDER"

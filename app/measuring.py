@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.checks import check_gradient, check_layer
 from app.compose import compose
+from app.data import data_of, unlearning_data
 from app.families import Family
-from app.methods import layer_of, parse_method
+from app.methods import choices, layer_of, parse_method
 from app.runs import run_of, saved_settings
 from app.settings import Forget, GEffects, Method, Retain
 from unlearn.io.rows import read_jsonl, read_object, write_json
@@ -17,7 +18,7 @@ from unlearn.io.weights import is_of, run_checkpoints, step_of, weights_of
 from utils import is_main_process, model_device, use_bfloat16
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from unlearn.geffect import GEffectCallback, Meter, Target
     from unlearn.objectives.rows import Row
@@ -45,24 +46,64 @@ def find_steps(settings: GEffects) -> tuple[Steps, Steps]:
     return [(step, str(here))], later[:1]
 
 
-def parse_sweep(settings: GEffects) -> Objectives:
-    """The objectives of `sweep=[METHOD:HYPER,...]` by method and hyper-parameter, each as its YAML has it.
+def parse_sweep(settings: GEffects, tell: Callable[[str], None] = lambda _: None) -> Objectives:
+    """The objectives of `sweep=[METHOD:HYPER,...]` by method and hyper-parameter, each as its YAML has it; `all`: every one.
+
+    Args:
+        tell: gets a line for each that `all` leaves out.
 
     Raises:
         ValueError: an entry is no method, or what stands behind its colon no number.
     """
     found: Objectives = {}
-    for entry in settings.sweep or []:
+    for entry in entries(settings):
         name, colon, number = str(entry).partition(":")
+        if name == "all" and not colon:
+            found |= every_objective(settings, tell)
+            continue
         try:
             hyper = float(number) if colon else None
         except ValueError:
-            raise ValueError(f"sweep={entry}: {number!r} is no number; entries are METHOD or METHOD:HYPER") from None
-        one = compose("forget", [*parse_method(name), *([] if hyper is None else [f"hyper_param={hyper:g}"])])
-        found[name, hyper] = method, _ = Method.model_validate(one["method"]), Retain.model_validate(one["retain"])
+            raise ValueError(f"sweep={entry}: {number!r} is no number; entries are METHOD or METHOD:HYPER, or all") from None
+        found[name, hyper] = method, retain = _composed(name, hyper)
         check_gradient(method, "sweep", "leave it out")
-        check_layer(settings.model_path, layer_of(method, found[name, hyper][1]))
+        check_layer(settings.model_path, layer_of(method, retain))
     return found
+
+
+def entries(settings: GEffects) -> list[Any]:
+    """`sweep=all` is `sweep=[all]`."""
+    return ["all"] if settings.sweep == "all" else list(settings.sweep or [])
+
+
+def _composed(name: str, hyper: float | None) -> tuple[Method, Retain]:
+    one = compose("forget", [*parse_method(name), *([] if hyper is None else [f"hyper_param={hyper:g}"])])
+    return Method.model_validate(one["method"]), Retain.model_validate(one["retain"])
+
+
+def every_objective(settings: GEffects, tell: Callable[[str], None]) -> Objectives:
+    """Each of config/method at its default that has a gradient at the unlearned weights, a layer and all answers here."""
+    found: Objectives = {}
+    for name in choices("method"):
+        method, retain = _composed(name, None)
+        try:
+            check_gradient(method, "method", "only its weights can be measured")
+            check_layer(settings.model_path, layer_of(method, retain))
+            check_answers(settings, method, retain)
+        except ValueError as error:
+            tell(f"sweep=all: without {name}: {error}")
+        else:
+            found[name, None] = method, retain
+    return found
+
+
+def check_answers(settings: GEffects, method: Method, retain: Retain) -> None:
+    """Raises ValueError where rows do not have what other answers to their questions are made of."""
+    data = unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
+    for rows, of in ((data.forget, {method.answers, method.second}), (data.retain, {retain.second})):
+        columns = ["question" if source == "idk" else source for source in of if source not in (None, "forget")]
+        if lacking := [column for column in columns if any(not row.get(column) for row in rows)]:
+            raise ValueError(f"its second answers are of a column that rows lack: {lacking[0]}")
 
 
 def check_wanted(settings: GEffects) -> None:
@@ -72,7 +113,7 @@ def check_wanted(settings: GEffects) -> None:
     if settings.positions and not settings.instances:
         raise ValueError("positions=true: by position only with instances=true")
     if settings.parallel == "fsdp" and (settings.tokens or settings.sweep):
-        key = f"tokens={settings.tokens}" if settings.tokens else f"sweep={list(settings.sweep or [])}"
+        key = f"tokens={settings.tokens}" if settings.tokens else f"sweep={entries(settings)}"
         raise ValueError(f"{key}: needs whole weights on every process; parallel=ddp has them, parallel=fsdp has not")
     if settings.parallel == "fsdp" and settings.instances and not settings.norms:
         raise ValueError("norms=False: parallel=fsdp forms the gradient anyway; norms=true, or instances=false")
@@ -96,7 +137,6 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
     import torch
 
     from app.building import adapt, build_loss, compares, reference_of, split_up, tokenizing
-    from app.data import data_of, unlearning_data
     from dataloader import beside_rows
     from unlearn.geffect import Meter, Target, Wanted
     from unlearn.geffect.parts import RISKS

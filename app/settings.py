@@ -307,8 +307,8 @@ class GEffects(Common):
     tokens: bool = setting(False, "true: also by label token", may_differ=True)
     positions: bool = setting(False, "true: also by position and layer, prompts included", may_differ=True)
     gradient_checkpointing: bool = setting(None, "recompute activations; null: the run's", may_differ=True, inherited=True)
-    sweep: list[Any] | None = setting(
-        None, "also the totals of other objectives, in one pass: [ga,wga:1,wga:5,npo_kl:0.1,rmu_7:2]", may_differ=True
+    sweep: list[Any] | Literal["all"] | None = setting(
+        None, "also the totals of other objectives, in one pass: [ga,wga:5,npo_kl:0.1,rmu_7:2]; all: every one", may_differ=True
     )
     trainable: str | None = setting(None, f"{ONLY}; null: the run's", inherited=True)
     geffect: OfCheckpoints = OfCheckpoints()

@@ -185,6 +185,23 @@ def test_too_many_rows_are_refused(young: Path) -> None:
     assert "--retain=400: there are 40 such rows" in failed.stderr.splitlines()[-1]
 
 
+# ---- sweeps ----
+
+
+def test_a_sweeps_cost_is_beside_one_objectives_and_the_plain_way(young: Path, tmp_path: Path) -> None:
+    """All that the page is to show is there; on so small a model its ratios say nothing."""
+    out, words = tmp_path / "all.md", "model_family=tiny split=forget05 batch_size=2"
+    run_in(ROOT, f"python benchmarks/geffect_all.py --rows=3 --rounds=1 --out={out} {words} model_path={young}")
+    page, numbers = out.read_text(), json.loads(out.with_suffix(".json").read_text())
+    n = numbers["all"]
+    assert n >= 18
+    assert numbers["outputs"] >= 20
+    assert numbers["difference"] < 1e-2
+    for name in ("V", "one", "outputs", "all", "plain", "V + one", f"plain x {n}", f"plain x {n}, one V"):
+        assert f"\n| {name} | " in page
+    assert [(target["sign"], target["bound"]) for target in numbers["targets"]] == [("<=", 1.3), ("<=", 1.3), (">=", 12)]
+
+
 # ---- the scores ----
 
 

@@ -28,6 +28,7 @@ import forget
 import unlearn.reporting.figures
 from app.compose import given
 from app.door import cli
+from app.methods import choices
 from app.settings import GEffects
 from unlearn.geffect.call import GEffectCallback, geffect, meter_of
 from unlearn.geffect.target import Wanted
@@ -263,6 +264,23 @@ def test_a_sweep_has_what_is_measured_alone(place: Path, everything: Path) -> No
     for method, folder in {"npo_kl": RUN, "rmu_2": "rmu"}.items():
         expected = totals(place / folder / "geffect")[6]
         assert ((swept[method] - expected).abs() / expected.abs().max()).max() < 1e-3, method
+
+
+def test_a_sweep_of_all(place: Path, everything: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every method at its default, but those that this model, these rows or one pass can't have and that are told."""
+    measure(place, f"{LAST} save_dir={tmp_path} instances=false sweep=[all,wga:1]")
+    without = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sweep=all: without ")]
+    left_out = {line.split()[2].rstrip(":") for line in without}
+    assert {"altpo", "task_vector", "rmu", "circuit_breakers"} <= left_out
+    assert all("method.layer=" in line or "column generated" in line or "task_vector" in line for line in without)
+    swept = table(tmp_path / "geffect", "sweep")
+    defaults = swept[swept["hyper_param"].isna()].set_index(["method", "risk"])["geffect"]
+    assert set(defaults.index.get_level_values(0)) == set(choices("method")) - left_out
+    assert len(swept) == len(defaults) + 2
+    before = table(everything, "sweep").set_index(["method", "risk"])["geffect"]
+    for method in ("ga", "idk"):
+        assert defaults[method].tolist() == pytest.approx(before[method].tolist(), rel=1e-4)
+    assert given("forget_ge", ["sweep=all"]).sweep == "all"
 
 
 def test_a_sweep_is_added_to(place: Path, everything: Path, tmp_path: Path) -> None:

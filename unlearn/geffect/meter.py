@@ -43,11 +43,12 @@ from unlearn.geffect.risks import (
     summed,
     wide,
 )
+from unlearn.geffect.sharing import shares_of
 from unlearn.geffect.sites import Site, find_sites
 from unlearn.geffect.tables import Tables
-from unlearn.geffect.tangents import shares_of
+from unlearn.geffect.tangents import token_tangents
 from unlearn.geffect.tap import Tap, narrowest
-from unlearn.geffect.target import Target, Wanted, check_labels, passes_of
+from unlearn.geffect.target import Target, Wanted, check_labels
 from unlearn.models import sharding
 from unlearn.models.evaluating import evaluating
 from unlearn.models.sharding import is_sharded
@@ -303,12 +304,10 @@ class Meter:
     def _shares(self, targets: Sequence[Target]) -> Iterator[tuple[int, Batch, Tensor, Tensor]]:
         """For each target and batch of it: the target's number, the batch, the tokens' losses (M,), their shares (D, M).
 
-        Targets on the same rows share the pass.
+        Each distinct row passes once.
         """
-        for shared in passes_of(targets):
-            losses = [targets[i].loss for i in shared.targets]
-            of = partial(shares_of, self.model, self.parameters, self.directions, losses, shared)
-            yield from anew(self.budget, "tangents", "forward mode", (shared.forget, shared.retain), self.pad, of)
+        tangents = partial(token_tangents, self.model, self.parameters, self.directions)
+        return shares_of(targets, tangents, self.budget, self.pad)
 
     def swept(self, steps: pd.DataFrame | None = None) -> pd.DataFrame:
         """The totals of each target of the sweep; those of `target`, from the same passes, must be the ones in `steps`."""

@@ -2,7 +2,8 @@
 
 One forward pass carries the outputs' tangents (their change along each V). An objective is a function of the outputs, so
 its G-effect is its gradient with respect to them times the tangents: a small contraction for each objective and
-hyper-parameter. The pass costs 2 FLOP a parameter and token, and 4 more for each direction.
+hyper-parameter. The pass costs 2 FLOP a parameter and token, and 4 more for each direction. Of the distributions over the
+vocabulary it gives statistics, formed in it; the logits and their tangents only where an objective reads them themselves.
 
 Letters: M label tokens of the batch, D directions, V vocabulary, d hidden size.
 """
@@ -10,7 +11,7 @@ Letters: M label tokens of the batch, D directions, V vocabulary, d hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +24,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unlearn.geffect.risks import Directions
-from unlearn.geffect.target import SharedPass, shared_references
 from unlearn.objectives.loss import Loss
-from unlearn.objectives.tokens import Layer, Tokens, label_positions, layers_of, pick, token_outputs
+from unlearn.objectives.statistics import STATISTICS, statistics
+from unlearn.objectives.tokens import Layer, Tokens, layers_of, pick, positions_of, token_outputs
 from unlearn.passes.batches import Batch
 
 Weights = dict[str, Tensor]
-OUTPUTS = ("nll", "logits", "hidden")  # of `Tokens`, what the model's weights change
+ALWAYS = frozenset({"nll", "hidden"})  # of `Tokens`, what the model's weights change and a pass gives where it is there
 
 
 @dataclass(frozen=True)
@@ -45,39 +46,52 @@ class Dual:
 
     def at(self, layer: Layer) -> Dual:
         """With the output of that layer alone, or of those, as a loss that looks at it has it."""
-        tangents = {name: x for name, x in self.tangents.items() if name != "hidden"}
+        found: dict[str, Any] = {name: getattr(self.tokens, name) for name in ("hidden", "ref_hidden")}
         if layer is None:
-            return Dual(replace(self.tokens, hidden=None), tangents)
-        return Dual(
-            replace(self.tokens, hidden=pick(self.tokens.hidden, self.layers, layer)),
-            tangents | {"hidden": pick(self.tangents["hidden"], self.layers, layer, dim=2)},
-        )
+            tangents = {name: x for name, x in self.tangents.items() if name != "hidden"}
+            return Dual(replace(self.tokens, hidden=None, ref_hidden=None), tangents)
+        picked: dict[str, Any] = {name: pick(x, self.layers, layer) for name, x in found.items() if x is not None}
+        changes = {name: pick(x, self.layers, layer, dim=2) for name, x in self.tangents.items() if name == "hidden"}
+        return Dual(replace(self.tokens, **picked), self.tangents | changes)
 
 
 class _Outputs(nn.Module):
     """The label tokens' outputs as a module's, so that its parameters can be replaced by dual numbers."""
 
-    def __init__(self, model: nn.Module, batch: Batch, layers: tuple[int, ...]) -> None:
+    def __init__(
+        self, model: nn.Module, batch: Batch, layers: tuple[int, ...], wanted: frozenset[str], given: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         self.model = model
-        self.batch, self.layers = batch, layers
+        self.batch, self.layers, self.wanted, self.given = batch, layers, wanted, given
 
     def forward(self) -> dict[str, Tensor]:
-        tokens = token_outputs(self.model, self.batch, self.layers or None)
-        found = {name: getattr(tokens, name) for name in OUTPUTS}
+        tokens = replace(token_outputs(self.model, self.batch, self.layers or None), **self.given)
+        found = {name: getattr(tokens, name) for name in (self.wanted & {"logits"}) | ALWAYS}
+        found |= statistics(tokens, sorted(self.wanted & STATISTICS.keys()))
         return {name: value for name, value in found.items() if value is not None}
 
 
 @torch.no_grad()  # not inference_mode: tangents silently vanish there
 def token_tangents(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], directions: Directions, batch: Batch, layer: Layer = None
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    directions: Directions,
+    batch: Batch,
+    layer: Layer = None,
+    wanted: frozenset[str] = frozenset(),
+    given: Mapping[str, Tensor] | None = None,
 ) -> Dual:
     """Run the model on a batch, in its weights' precision, with the tangents along each direction.
 
     The directions share the pass's primal part (`vmap` over `jvp`), but where an operation can't: then each has its own.
+
+    Args:
+        wanted: beside losses and the layers' outputs: `logits`, `STATISTICS`, and what of `given` the tokens are to keep.
+        given: what statistics are made of beside logits, and what does not change: `refusal`, `ref_logits`, `ref_hidden`.
     """
-    layers = layers_of(layer)
-    outputs = _Outputs(model, batch, layers)
+    layers, given = layers_of(layer), given or {}
+    outputs = _Outputs(model, batch, layers, wanted, given)
     weights = {f"model.{name}": p.detach() for name, p in parameters.items()}
     v = {name: directions[name.removeprefix("model.")].to(w) for name, w in weights.items()}
 
@@ -87,9 +101,10 @@ def token_tangents(
     with torch.autocast(batch["labels"].device.type, enabled=False):
         found, tangents = along_each(run, weights, v)
     labels = batch["labels"]
-    at = label_positions(labels)
+    at = positions_of(batch)
     row, label = at // labels.shape[1], labels.flatten()[at + 1]
-    return Dual(Tokens(row=row, n_rows=len(labels), label=label, **found), tangents, layers)
+    kept = {"logits": None} | found | {name: x for name, x in given.items() if name in wanted}
+    return Dual(Tokens(row=row, n_rows=len(labels), label=label, **kept), tangents, layers)
 
 
 def along_each(f: Callable[[Weights], Any], w: Weights, v: Weights) -> tuple[Any, Any]:
@@ -149,28 +164,6 @@ class PaddingHeld(TorchFunctionMode):
             return output
         where = (given["input"] == padding % len(given["weight"])).unsqueeze(-1)
         return torch.where(where, torch.zeros_like(output) if self.zero else output.detach(), output)
-
-
-def shares_of(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    directions: Directions,
-    losses: Sequence[Loss],
-    shared: SharedPass,
-    batches: Iterable[Batch],
-) -> list[tuple[int, Batch, Tensor, Tensor]]:
-    """For each batch and target: the target's number, the batch, the tokens' losses (M,), their shares (D, M).
-
-    Args:
-        losses: of the pass's targets.
-    """
-    shares = []
-    for batch in batches:
-        dual = token_tangents(model, parameters, directions, batch, shared.layers)
-        references = shared_references(losses, shared.part, batch)
-        for i, loss, reference in zip(shared.targets, losses, references, strict=True):
-            shares.append((i, batch, dual.tokens.nll, contract(loss, dual, batch | {"reference": reference})))
-    return shares
 
 
 def contract(loss: Loss, dual: Dual, batch: Mapping[str, Any]) -> Tensor:

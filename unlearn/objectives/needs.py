@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from unlearn.objectives.statistics import STATISTICS, statistics
 from unlearn.objectives.tokens import Counts, Tokens
 
 Objective = Callable[[Tokens, Counts], Tensor]
 OF_REFERENCE = ("ref_logits", "ref_hidden")  # formed by the reference model while the loss is, not once before
-NEEDS = ("logits", "hidden", "ref_nll", *OF_REFERENCE, "second", "noise", "refusal")  # of `Tokens`
+NEEDS = ("logits", "hidden", "ref_nll", *OF_REFERENCE, "second", "noise", "refusal", *STATISTICS)  # of `Tokens`
 
 
 def needs(*names: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -31,11 +32,17 @@ def needs(*names: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor
     return mark
 
 
-def needs_of(objective: Callable[..., Any] | None) -> frozenset[str]:
-    """What an objective, perhaps with hyper-parameters given, needs; nothing where it says nothing."""
+def read_by(objective: Callable[..., Any] | None) -> frozenset[str]:
+    """What an objective, perhaps with hyper-parameters given, says that it reads; nothing where it says nothing."""
     while isinstance(objective, partial):
         objective = objective.func
     return getattr(objective, "needs", frozenset())
+
+
+def needs_of(objective: Callable[..., Any] | None) -> frozenset[str]:
+    """What an objective reads, and what the statistics among that are made of."""
+    read = read_by(objective)
+    return read | {of for name in read if (of := STATISTICS.get(name)) is not None}
 
 
 def needs_reference(*objectives: Callable[..., Any] | None) -> bool:
@@ -49,12 +56,16 @@ def looks_at_layers(objective: Callable[..., Any] | None) -> bool:
 
 
 def needed(tokens: Tokens, name: str) -> Any:
-    """That field of `tokens`, which an objective says it needs.
+    """That field of `tokens`, which an objective says it needs; a statistic that is not there is formed.
 
     Raises:
         AssertionError: it is not there, for the objective does not say so, or the library's call was not given it.
     """
     value = getattr(tokens, name)
+    if value is None and name in STATISTICS:
+        for made_of in filter(None, ("logits", STATISTICS[name])):
+            needed(tokens, made_of)
+        return statistics(tokens, [name])[name]
     how = {"noise": "`noise`", "refusal": "`refusal`", "second": "rows with `second`", "hidden": "`layer`"}
     given = how.get(name, "`reference`")
     assert value is not None, f'this objective reads {name}: it says so by `@needs("{name}")`, its Loss or call has {given}'

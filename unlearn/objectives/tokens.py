@@ -40,7 +40,7 @@ class Tokens:
     Attributes:
         nll: (M,) nats, l_t = -log p(y_t | y_<t, x; theta), float32 or wider.
         row: (M,) which of the `n_rows` rows each token belongs to.
-        logits: (M, V), float32 or wider.
+        logits: (M, V), float32 or wider; None in a forward-mode pass that no objective reads them of.
         hidden: (M, d) output of the chosen layer at the position that predicts the token, (M, L, d) of several, or None.
         ref_nll: (M,) nats, l_t under the reference model, or None.
         ref_logits: (M, V) of the reference model, or None.
@@ -49,6 +49,8 @@ class Tokens:
         refusal: (k,) token ids of the run's refusal, or None.
         second: the tokens of the same rows' second answers, as many rows, or None.
         label: (M,) the token ids y_t.
+        from_uniform, to_uniform, spread, rest, refusal_nll, ref_kl, ref_js, ref_rest, ref_odds: (M,) as `.statistics` has
+            them where they were formed, else None; an objective reads them by `needed`.
     """
 
     nll: Tensor
@@ -63,6 +65,15 @@ class Tokens:
     refusal: Tensor | None = None
     second: Tokens | None = None
     label: Tensor | None = None
+    from_uniform: Tensor | None = None
+    to_uniform: Tensor | None = None
+    spread: Tensor | None = None
+    rest: Tensor | None = None
+    refusal_nll: Tensor | None = None
+    ref_kl: Tensor | None = None
+    ref_js: Tensor | None = None
+    ref_rest: Tensor | None = None
+    ref_odds: Tensor | None = None
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """(M,) -> (n_rows,): the sum of `values` over each row's tokens."""

@@ -116,9 +116,14 @@ def on(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
+def bar(of: Sequence[T], what: str) -> Iterable[T]:
+    """Under a progress bar on standard error."""
+    return tqdm(of, desc=what, disable=not PartialState().is_main_process, leave=False)
+
+
 def progress(batches: Sequence[Batch], what: str, device: torch.device) -> Iterator[Batch]:
     """The batches, on the device, under a progress bar on standard error."""
-    for batch in tqdm(batches, desc=what, disable=not PartialState().is_main_process, leave=False):
+    for batch in bar(batches, what):
         yield on(batch, device)
 
 
