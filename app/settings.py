@@ -117,7 +117,11 @@ class Open(Settings):
 
 class Method(Open):
     answers: Literal["forget", "idk"] = setting("forget", "whose answers carry the loss")
-    second: str | None = setting(None, "the second answers, for an objective that needs them: idk, or a column of the rows")
+    second: str | None = setting(
+        None,
+        "the second answers, for an objective that needs them: idk, or a column of the rows; generated: by the model itself,"
+        " where they have no such column",
+    )
     refusal: str | None = setting(None, "a text, for an objective whose tokens answers are to become")
     negate: Positive | None = setting(None, "its checkpoints are the model before less so many times what training has added")
     objective: dict[str, Any]
@@ -168,7 +172,12 @@ class Benchmark(Settings):
 
 Layers = Whole | Annotated[list[Whole], Field(min_length=1)] | None
 OF_OPEN: dict[str, Any] = {"layer": Layers, "beta": Positive, "average": Share, "start": NotNegative, "eta": NotNegative}
-OF_OPEN |= {"warmup": Share}  # keys of open groups that have a range, by their last name
+OF_OPEN |= {
+    "warmup": Share,
+    "alternatives": Count,
+    "temperature": Positive,
+    "top_k": Count,
+}  # keys of open groups that have a range, by their last name
 
 
 # ---- commands ----
