@@ -83,6 +83,7 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     from app import building
     from app.building import build_loss, how_to_train, load_to_train, step_batches, with_reference, with_second
     from app.measuring import while_unlearning
+    from app.second import Speaker, with_generated
     from dataloader import beside_rows, idk_rows
     from unlearn.geffect import Target
     from unlearn.models.checkpoints import load_weights, pad_id
@@ -106,7 +107,8 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     open_run(folder, settings, made_of(settings))
     how = Pass(model, pad, tokenizer.eos_token_id, bf16, tokens_per_batch=settings.tokens_per_batch)
     before = {name: token_nlls(how, rows, f"{name} loss before") for name, rows in measured.items()}
-    target = with_second(measured[settings.method.answers], data.forget, settings.method, settings.seed, tokenize)
+    texts = with_generated(data.forget, settings, folder, Speaker(how, family, tokenizer, tokenize))
+    target = with_second(measured[settings.method.answers], texts, settings.method, settings.seed, tokenize)
     target = with_reference(target, settings.method, how, before[settings.method.answers])  # as yet it is the reference
     retain = with_reference(retain, settings.retain, how)
     loss = build_loss(settings.method, settings.retain, settings.seed, model, reference, tokenizer, steps)

@@ -137,6 +137,7 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
     import torch
 
     from app.building import adapt, build_loss, compares, reference_of, split_up, tokenizing
+    from app.second import Speaker, of_measured
     from dataloader import beside_rows
     from unlearn.geffect import Meter, Target, Wanted
     from unlearn.geffect.parts import RISKS
@@ -160,7 +161,8 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
     risks = dict(zip(RISKS, (tokenize(data.forget), tokenize(data.held_out)), strict=True))
     how = Pass(model, pad, tokenizer.eos_token_id, bf16, settings.batch_size, settings.tokens_per_batch)
     beside = beside_rows(range(len(training.retain)), settings.geffect.retain_rows, len(data.forget), settings.seed)
-    rows = Measured(objectives, data.forget, training.retain, beside, tokenize, how, settings.seed)
+    objectives, forget = of_measured(objectives, data.forget, settings, Speaker(how, family, tokenizer, tokenize))
+    rows = Measured(objectives, forget, training.retain, beside, tokenize, how, settings.seed)
     rows.lists["forget", None] = risks["unlearn"]
     targets = [
         Target(build_loss(method, retain, settings.seed, model, reference, tokenizer), rows.of(method), rows.of(retain))

@@ -25,6 +25,7 @@ from utils import is_main_process, processes, versions
 
 # What a run is made of beside its settings, by its kind and name: {"data": {set: hash}, "models": {key: hash}}.
 MadeOf = Mapping[str, Mapping[str, str]]
+SECOND = "second"  # the file of the answers that the model itself has generated, SECOND.jsonl, and what begins with it
 NOT_NOTED = {"trainable": None}  # of runs that were made before there was such a setting
 NOT_IN_NAMES = {"method.name", "method.run_name", "method.layer", "retain.name", "rule.name"}  # they stand there otherwise
 
@@ -134,6 +135,21 @@ def open_run(folder: Path, settings: Common, made_of: MadeOf | None = None) -> N
         write_whole(folder / "config.yaml", yaml.safe_dump(record_of(settings, made_of), sort_keys=False))
 
 
+def note_data(folder: Path, name: str, digest: str) -> None:
+    """Add a hash of data that were made since to what is noted of a folder's run."""
+    if is_main_process():
+        record = read_record(folder / "config.yaml")
+        record["data"] = (record.get("data") or {}) | {name: digest}
+        write_whole(folder / "config.yaml", yaml.safe_dump(record, sort_keys=False))
+
+
+def noted_data(folder: Path, name: str) -> str | None:
+    """What is noted of a folder's run of that name's data."""
+    file = folder / "config.yaml"
+    noted = read_record(file).get("data") if file.exists() else None
+    return noted.get(name) if isinstance(noted, dict) else None
+
+
 def check_run(folder: Path, settings: Common, made_of: MadeOf | None = None, name: str = "config.yaml") -> None:
     """Raises ValueError where the folder holds a run, or results, of other settings, data or models: which ones.
 
@@ -162,6 +178,8 @@ def check_run(folder: Path, settings: Common, made_of: MadeOf | None = None, nam
 
 def place_of(settings: Common, name: str) -> str:
     """A key of the settings with its value; a set with its file."""
+    if (generated := generated_files(settings).get(name)) is not None:
+        return str(generated)
     value = getattr(settings, name, None)
     return f"{name}={value}" if isinstance(value, str) else data_of(settings).place(name)
 
@@ -190,7 +208,20 @@ def made_of(settings: Forget | GEffects) -> MadeOf:
         found |= data.hashes([first], texts=())  # its number of rows is what is held out
     if "idk" in (settings.method.answers, settings.method.second, settings.retain.second):
         found[IDK.stem] = hash_file(IDK)
+    found |= {name: hash_file(file) for name, file in generated_files(settings).items()}
     return {"data": found, "models": hash_models(settings, "model_path")}
+
+
+def generated_files(settings: Common) -> dict[str, Path]:
+    """The files of second answers that the model has generated for a run, or for a measurement, by what they are noted as."""
+    own = Path(str(settings.save_dir))
+    files = []
+    if isinstance(settings, GEffects):
+        run = run_of(settings.model_path_cur)
+        files = [*sorted((own / "geffect").glob(f"{SECOND}-*.jsonl")), *([] if run is None else [run / f"{SECOND}.jsonl"])]
+    elif isinstance(settings, Forget):
+        files = [own / f"{SECOND}.jsonl"]
+    return {file.stem: file for file in files if file.is_file() and noted_data(file.parent, file.stem) is not None}
 
 
 def checkpoints(settings: Forget, steps: int) -> set[Path]:

@@ -31,6 +31,7 @@ PRIMARY = sorted(
     file.stem for file in CONFIG.glob("*.yaml") if file.stem not in (*NO_MODEL, "model_config", "common", "shapes")
 )
 METHODS = sorted(file.stem for file in (CONFIG / "method").glob("*.yaml"))
+RULES = sorted(file.stem for file in (CONFIG / "rule").glob("*.yaml"))
 RETAIN = sorted(file.stem for file in (CONFIG / "retain").glob("*.yaml"))
 
 
@@ -42,6 +43,7 @@ def composed(*overrides: str, config: str = "forget") -> DictConfig:
 def test_there_are_configs() -> None:
     assert {"finetune", "forget", "eval_tofu", "eval_everything"} <= set(PRIMARY)
     assert {"ga", "wga", "npo", "tnpo", "wtnpo", "rmu", "idk", "gd", "kl"} <= set(METHODS)
+    assert {"sum", "pcgrad", "gru", "blur", "sago"} <= set(RULES)
     assert {"none", "gd", "kl", "hidden", "ap", "jensun", "circuit_breakers"} <= set(RETAIN)
 
 
@@ -62,6 +64,15 @@ def test_primary_without_a_model(name: str) -> None:
     assert OmegaConf.missing_keys(cfg) == set()
     assert {"ckpt_result", "retain_result", "save_file", "debug"} <= set(cfg)
     assert (CONFIG / f"{name}.yaml").read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rule(rule: str) -> None:
+    cfg = composed("model_family=tiny", "method=npo", "retain=gd", f"rule={rule}")
+    OmegaConf.to_container(cfg, resolve=True)
+    assert cfg.rule.name == rule
+    assert callable(instantiate(cfg.rule.combine))
+    assert (cfg.rule.get("average") is not None) == (rule == "gru")
 
 
 @pytest.mark.parametrize("retain", RETAIN)

@@ -1,13 +1,15 @@
-"""Greedy decoding, batched by length, with the model's cache; a row leaves the batch when it ends, where the cache allows it.
+"""Decoding, batched by length, with the model's cache; a row leaves the batch when it ends, where the cache allows it.
 
-Each token is the argmax, whatever the model's generation config says: of that only the end-of-sequence tokens count. Where
-teacher forcing has said how far greedy decoding follows the true answer, a row is decoded only from where it leaves it.
+Each token is the argmax, or drawn, whatever the model's generation config says: of that only the end-of-sequence tokens
+count. Where teacher forcing has said how far greedy decoding follows the true answer, a row is decoded only from where it
+leaves it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -19,12 +21,13 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from unlearn.models.adapters import has_virtual_tokens
 from unlearn.models.evaluating import unwrap
 from unlearn.objectives.rows import Row
-from unlearn.objectives.tokens import head_at
+from unlearn.objectives.tokens import head_at, widen
 from unlearn.passes.forcing import Forced, Pass, attends_alone, has_cache, over_batches, prompt_length
 from unlearn.passes.sizes import Size, cut
 
 MAX_LENGTH = 200  # prompt and answer, in tokens, as TOFU has it
 CACHES = ("past_key_values", "cache_params")  # what models call it (RWKV's `state` is wrong for more than a row)
+Choose = Callable[[Tensor, Sequence[int], int], Tensor]  # (B, V) logits, which rows they are of, how many tokens they have
 
 
 def greedy_answers(
@@ -57,13 +60,78 @@ def greedy_answers(
     return [text.strip() for text in tokenizer.batch_decode(cut, skip_special_tokens=True)]
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """What draws a row's tokens: the same ones in any batch, to rounding, for each row has its own numbers.
+
+    Attributes:
+        numbers: (rows, tokens) in [0, 1), float64, on the CPU: a token each.
+        temperature: logits are divided by it.
+        top_k: only so many of the likeliest tokens are drawn from.
+    """
+
+    numbers: Tensor
+    temperature: float
+    top_k: int
+
+    def __call__(self, logits: Tensor, rows: Sequence[int], step: int) -> Tensor:
+        """(B,) the tokens behind the first `step` of those rows."""
+        best = widen(logits).topk(min(self.top_k, logits.shape[-1]))
+        sums = (best.values.cpu().double() / self.temperature).softmax(-1).cumsum(-1)
+        drawn = self.numbers[list(rows), step, None] * sums[:, -1:]
+        place = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
+        return best.indices.gather(1, place.to(logits.device)).squeeze(1)
+
+
+def sampled_answers(
+    how: Pass,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    generator: torch.Generator,
+    temperature: float = 1,
+    top_k: int = 50,
+    max_new_tokens: int = MAX_LENGTH,
+    what: str = "answers",
+) -> list[str]:
+    """What the model answers to each row's prompt, drawn token by token, stripped; every process has all of them.
+
+    Args:
+        generator: of the CPU, the same on every process.
+        temperature, top_k: see `Sampling`.
+        max_new_tokens: of an answer.
+    """
+    numbers = torch.rand(len(rows), max_new_tokens, generator=generator, dtype=torch.float64)
+    most = [n for n in (positions_of(how.model),) if n is not None]
+    limits = [_limit(prompt_length(row), most, max_new_tokens) for row in rows]
+    prefixes = [row["input_ids"][: prompt_length(row)] for row in rows]
+    found = decode(how, prefixes, limits, what, Sampling(numbers, temperature, top_k))
+    stops = stop_tokens(how.model, how.eos)
+    texts = tokenizer.batch_decode([_until(tokens, stops) for tokens in found], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def likeliest(logits: Tensor, rows: Sequence[int], step: int) -> Tensor:
+    """(B,) the argmax of (B, V) logits."""
+    return logits.argmax(-1)
+
+
 def followed(draft: Forced) -> list[int]:
     """The tokens of greedy decoding that teacher forcing tells: those of the answer, and the one that leaves it."""
     return [*draft.labels[: draft.followed].tolist(), *draft.predicted[draft.followed : draft.followed + 1].tolist()]
 
 
-def decode(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], what: str = "decoding") -> list[list[int]]:
-    """The tokens that greedy decoding puts behind each prefix, `limits` of them at most; none after one that ends a text."""
+def decode(
+    how: Pass,
+    prefixes: Sequence[Tensor],
+    limits: Sequence[int],
+    what: str = "decoding",
+    choose: Choose = likeliest,
+) -> list[list[int]]:
+    """The tokens that decoding puts behind each prefix, `limits` of them at most; none after one that ends a text.
+
+    Args:
+        choose: what makes tokens of logits.
+    """
     if not prefixes:
         return []
     order = sorted(range(len(prefixes)), key=lambda i: -len(prefixes[i]))
@@ -74,7 +142,10 @@ def decode(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], what: s
         widths = [len(prefix) + limit for prefix, limit in zip(prefixes, limits, strict=True)]  # that the cache may come to
 
         def measure(batch: list[int]) -> list[list[int]]:
-            return one(how, [prefixes[i] for i in batch], [limits[i] for i in batch], stops)
+            def of_batch(logits: Tensor, rows: Sequence[int], step: int) -> Tensor:
+                return choose(logits, [batch[row] for row in rows], step)
+
+            return one(how, [prefixes[i] for i in batch], [limits[i] for i in batch], stops, of_batch)
 
         def planned(numbers: list[int], size: Size) -> list[list[int]]:
             """In one batch only prefixes of one length, where they are not padded."""
@@ -119,7 +190,9 @@ def _pad_left(how: Pass, prefixes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return ids.to(how.model.device), mask.to(how.model.device)
 
 
-def _decode_batch(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int]) -> list[list[int]]:
+def _decode_batch(
+    how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int], choose: Choose
+) -> list[list[int]]:
     model = unwrap(how.model)
     ids, mask = _pad_left(how, prefixes)
     positioned = "position_ids" in inspect.signature(model.forward).parameters
@@ -131,7 +204,7 @@ def _decode_batch(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], 
         where = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positioned else {}
         with head_at(model, last, ids.shape[1]):
             out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where)
-        tokens = out.logits.squeeze(0).argmax(-1)  # (rows that are left,)
+        tokens = choose(out.logits.squeeze(0), alive, len(found[alive[0]]))  # (rows that are left,)
         for row, token in zip(alive, tokens.tolist(), strict=True):
             found[row].append(token)
         stay = [i for i, row in enumerate(alive) if found[row][-1] not in stops and len(found[row]) < limits[row]]
@@ -145,7 +218,7 @@ def _decode_batch(how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], 
 
 
 def _decode_as_one(
-    how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int], cached: bool
+    how: Pass, prefixes: Sequence[Tensor], limits: Sequence[int], stops: set[int], choose: Choose, cached: bool
 ) -> list[list[int]]:
     """The same for a model that keeps more than keys and values, or nothing: no padding, and no row leaves.
 
@@ -162,7 +235,7 @@ def _decode_as_one(
         where = {"position_ids": torch.arange(width, device=ids.device)[-ids.shape[1] :].expand_as(ids)} if positioned else {}
         with head_at(model, last, ids.shape[1]):
             out = model(input_ids=ids, use_cache=cached, **where, **cache)
-        tokens = out.logits.squeeze(0).argmax(-1)  # (rows,)
+        tokens = choose(out.logits.squeeze(0), range(len(found)), len(found[0]))  # (rows,)
         for row, token in zip(found, tokens.tolist(), strict=True):
             row.append(token)
         cache = {name: out[name] for name in CACHES if out.get(name) is not None and not has_virtual_tokens(model)}
