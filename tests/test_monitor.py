@@ -236,7 +236,7 @@ def test_two_processes_write_what_one_does(parallel: str, unkilled: Path, young:
     """Whole gradients on each, and shards whose inner products are added up: the first steps', to rounding."""
     words = f"{RUN.format(young=young)} geffect.every=4 geffect.instances=false geffect.monitor=true"
     torchrun = "torchrun --nproc_per_node=2 --master_port=18796"
-    run_in(tmp_path, f"{torchrun} {ROOT}/{words} parallel={parallel} batch_size=8")
+    run_in(tmp_path, f"{torchrun} {ROOT}/{words} parallel={parallel} batch_size=2")
     one, two = (read(run / "geffect" / "monitor.csv") for run in (unkilled, tmp_path / "run"))
     assert list(one["step"]) == list(two["step"])
     assert list(one["age"]) == list(two["age"])
