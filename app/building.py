@@ -121,7 +121,10 @@ def gpu_memory() -> int:
 
 def _needs(settings: Training, family: Family, model: PreTrainedModel, rows: int) -> float:
     """Bytes that a training step of so many rows at once takes of a GPU, by the plan's arithmetic; with V, where it is kept."""
-    work = replace(work_of(settings, family), rows=rows, gpu=True, shards=processes() if settings.parallel == "fsdp" else 1)
+    several, sharded = processes(), settings.parallel == "fsdp"
+    parts = settings.batch_size * settings.gradient_accumulation_steps // rows
+    work = replace(work_of(settings, family), rows=rows, gpu=True, accumulated=parts)
+    work = replace(work, shards=several if sharded else 1, buckets=several > 1 and not sharded)
     shape = plan.shape_of(model.config)
     kept = isinstance(settings, Forget) and settings.geffect.every > 0 and not settings.geffect.offload
     return plan.training(shape, work).peak + (plan.measuring(shape, work, True).memory["directions V"] if kept else 0)

@@ -22,7 +22,7 @@ Some = TypeVar("Some", bound=Training)
 
 CHARACTERS = 4.6  # of English, to a token
 LABELS = 0.63  # of a row of TOFU's tokens
-LONGEST = 139  # tokens, of TOFU's rows with their prompts
+LONGEST, LONG = 139, 76  # tokens, of TOFU's rows with their prompts; and what 7 of 8 rows are within
 PROMPT = 20  # characters of a family's tags
 ROWS = {"forget01": 40, "forget05": 200, "forget10": 400}  # of TOFU's
 
@@ -107,6 +107,9 @@ def work_of(settings: Common, family: Family) -> Work:
     if isinstance(settings, Training):
         work |= {"optimizer": OPTIMIZERS[settings.optim].state, "saved": BYTES[settings.save_dtype]}
         work |= {"checkpoints": checkpoints(settings), "merged": isinstance(settings, Finetune)}
+        accumulated = settings.gradient_accumulation_steps
+        work |= {"accumulated": accumulated, "buckets": settings.plan > 1 and settings.parallel == "ddp"}
+        work["later"] = longest_later(settings, accumulated)
     if isinstance(settings, Forget):
         work["gradients"] = 1 if settings.rule.name == "sum" and not settings.log_conflict else 2
         work["average"] = settings.rule.average is not None
@@ -115,6 +118,7 @@ def work_of(settings: Common, family: Family) -> Work:
         norms = settings.norms if isinstance(settings, GEffects) else settings.geffect.norms
         work |= {"retain": retain, "reference": compares(settings.method, settings.retain), "norms": norms}
         work |= {"offload": settings.geffect.offload, "before": settings.method.negate is not None}
+        work["tapped"] = settings.instances if isinstance(settings, GEffects) else settings.geffect.instances
     return Work(**work)
 
 
@@ -141,11 +145,26 @@ def checkpoints(settings: Training) -> int:
 
 def longest_row(settings: Common) -> int:
     """Tokens of the longest row: told from its characters where the data are at hand, else of TOFU."""
+    return quantile(settings, 1.0)
+
+
+def longest_later(settings: Training, accumulated: int) -> int:
+    """Tokens of the longest row of a step's micro-batches after the first, which has the longest 1 / n of its rows.
+
+    Steps are drawn: half of that share is left for those with more long rows than most.
+    """
+    return quantile(settings, 1 - 1 / (2 * accumulated))
+
+
+def quantile(settings: Common, share: float) -> int:
+    """So many tokens at most that share of the rows has."""
     data = data_of(settings)
     files = [file for name in sets(settings, data) if (file := data.file(name)).exists()]
     texts = [[row[text] for text in (*TEXTS, "text") if text in row] for file in files for row in read_jsonl(file)]
-    lengths = [sum(len(str(text)) for text in of_row) + PROMPT for of_row in texts]
-    return min(settings.max_length or 500, round(max(lengths) / CHARACTERS) if lengths else LONGEST)
+    lengths = sorted(sum(len(str(text)) for text in of_row) + PROMPT for of_row in texts)
+    at = -(-len(lengths) * share // 1) - 1
+    found = round(lengths[int(at)] / CHARACTERS) if lengths else LONGEST if share == 1 else LONG
+    return min(settings.max_length or 500, found)
 
 
 def sets(settings: Common, data: Data) -> list[str]:

@@ -23,6 +23,8 @@ class Shape:
     """A model, as far as its size goes.
 
     Attributes:
+        rms: whether its norms are root mean squares written out, as Llama's, and not PyTorch's layer norms.
+        kept: how many tensors of the intermediate size an MLP keeps of each token for its backward pass.
         linear: in and out features of each linear layer but the head, by its name.
         sizes: the numbers of each parameter, by its name, tied ones once.
     """
@@ -35,6 +37,8 @@ class Shape:
     key_values: int
     vocabulary: int
     tied: bool
+    rms: bool
+    kept: int
     linear: Mapping[str, tuple[int, int]]
     sizes: Mapping[str, int]
 
@@ -60,15 +64,20 @@ def shape_of_model(model: PreTrainedModel) -> Shape:
     linear = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    gated = sum(outer for outer, _ in linear.values() if outer in (inner, 2 * inner)) == 2 * inner * text.num_hidden_layers
+    written_out = getattr(text, "hidden_act", getattr(text, "activation_function", "")) in ("gelu_new", "gelu_fast")
     return Shape(
         parameters=model.num_parameters(),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate=inner,
         heads=heads,
         key_values=size * (getattr(text, "num_key_value_heads", None) or heads),
         vocabulary=text.vocab_size,
         tied=head.weight is model.get_input_embeddings().weight,
+        rms=any("RMSNorm" in type(module).__name__ for module in model.modules()),
+        kept=4 if gated else 5 if written_out else 2,
         linear={name: (inner, outer) for name, (outer, inner) in linear.items()},
         sizes={name: parameter.numel() for name, parameter in model.named_parameters()},
     )
@@ -80,13 +89,15 @@ class Work:
 
     Attributes:
         rows: of a micro-batch, a process; with a retain term there are as many retain rows beside.
-        tokens, labels: of a long row.
+        tokens, labels: of a long row; `later`: tokens of the longest after a step's first micro-batch (None: as many).
+        accumulated: micro-batches of a step.
+        buckets: gradients lie in DistributedDataParallel's, which stay.
         optimizer: bytes of state a trained parameter, for float32 weights.
         trainable: only parameters in whose names it is found are trained; None: all.
         before: the trained weights as they were are kept in CPU memory.
         checkpoints: how many the run leaves; `saved`: bytes a number in them; `merged`: with adapters also the whole model.
         gradients: how many are kept apart in a step; `average`: and a moving average of one.
-        norms, offload: of the G-effects: with the gradient's norm; V in CPU memory.
+        tapped, norms, offload: of the G-effects: by the tapped pass; with the gradient's norm; V in CPU memory.
     """
 
     rows: int
@@ -106,10 +117,14 @@ class Work:
     checkpoints: int = 1
     saved: int = FULL
     merged: bool = False
+    tapped: bool = False
     norms: bool = True
     offload: bool = False
     gradients: int = 1
     average: bool = False
+    accumulated: int = 1
+    later: int | None = None
+    buckets: bool = False
 
 
 @dataclass
@@ -126,29 +141,45 @@ class Need:
         return self.fragments * sum(self.memory.values())
 
 
-def activations(shape: Shape, work: Work, tokens: float, row: float) -> float:
-    """What a forward pass keeps for the backward pass, in bytes, logits apart.
+def kept_of_a_layer(shape: Shape, work: Work, row: float) -> float:
+    """What a layer keeps of a token for its backward pass, in bytes; `row`: tokens of its row.
 
-    A layer keeps of each token: in float32 the inputs of both norms, what they normalise, and both residual sums (6 h); in the
-    precision of products the inputs of all matrices, queries, keys and values before and after rotation, the attention's
-    output, and the MLP's gate, its activation and its product (4 f); where attention is not fused also its weights, before
-    and after softmax.
+    In the precision of products: queries and keys as they are rotated, values, the attention's output (4 h); the MLP's two
+    products, the activation and what goes into the last one (4 f). Of Llama's norms, in a residual stream of half precision:
+    its float32 copy, what is normalised, what is weighed (two norms); in one of float32: the stream, what is normalised, and
+    what goes into the products, under autocast cast for each of the five. Layer norms keep the stream and what they give.
+    Where attention is not fused also its weights, in float32 and as they are multiplied.
     """
-    x = HALF if work.bf16 or work.weight == HALF else FULL
-    each: float = 6 * FULL * shape.hidden
-    each += x * (6 * shape.hidden + 4 * shape.key_values + 4 * shape.intermediate)
+    x, stream = run_in(work), stream_in(work)
+    each: float = x * (4 * shape.hidden + shape.kept * shape.intermediate)
+    if not shape.rms:
+        each += (2 * stream + 3 * x) * shape.hidden
+    elif stream == HALF:
+        each += 2 * (FULL + 2 * HALF) * shape.hidden
+    else:
+        each += (4 * FULL + (5 * HALF if x == HALF else 2 * FULL)) * shape.hidden
     if not work.gpu:
-        each += shape.heads * row * (2 * x + FULL)
+        each += shape.heads * row * (FULL + (HALF if x == HALF else 0))
     if work.lora:  # each adapter's input in float32, after dropout, its mask, and its product's input
         each += sum(a for a, _ in shape.linear.values()) / shape.layers * (2 * FULL + 1 + x)
-    if work.checkpointing:
-        return tokens * (shape.layers * FULL * shape.hidden + each)
+    return each
+
+
+def activations(shape: Shape, work: Work, tokens: float, row: float) -> float:
+    """What a forward pass keeps for the backward pass, in bytes, logits apart: with checkpointing, layers' inputs."""
+    each = stream_in(work) * shape.hidden if work.checkpointing else kept_of_a_layer(shape, work, row)
     return tokens * shape.layers * each
 
 
-def logits(shape: Shape, labels: float, copies: float, bf16: bool) -> float:
-    """Logits as the head gives them, and `copies` of them in float32: wide, as log-probabilities, both ones' gradients."""
-    return labels * shape.vocabulary * ((HALF if bf16 else 0) + copies * FULL)
+def in_a_layer(shape: Shape, work: Work, tokens: float, row: float) -> float:
+    """What a layer's backward pass takes beside: gradients of an MLP's and of two streams', and what is computed again."""
+    again = kept_of_a_layer(shape, work, row) if work.checkpointing else 0
+    return tokens * (again + run_in(work) * 2 * shape.intermediate + FULL * 2 * shape.hidden)
+
+
+def logits(shape: Shape, labels: float, copies: float = 3) -> float:
+    """Float32 logits of label tokens: log-probabilities, the loss's gradient, and theirs; before it no more than these."""
+    return labels * shape.vocabulary * copies * FULL
 
 
 def held(shape: Shape, work: Work) -> dict[str, float]:
@@ -157,16 +188,27 @@ def held(shape: Shape, work: Work) -> dict[str, float]:
     found = {"weights": bytes_ / work.shards}
     if work.shards > 1:
         found["blocks gathered"] = 2.0 * run_in(work) * shape.parameters / (shape.layers + 1)
-    elif work.bf16 and work.weight == FULL:  # autocast's, from the forward to the backward pass
-        found["weights in bfloat16"] = float(HALF * shape.parameters)
     if work.reference and not work.lora:
         found["reference model"] = bytes_ / work.shards
     return found
 
 
+def cast(shape: Shape, work: Work) -> dict[str, float]:
+    """Autocast's copies of the weights in products, from where a forward pass makes them until the backward pass is past."""
+    if work.shards > 1 or not work.bf16 or work.weight == HALF:
+        return {}
+    looked_up = 0 if shape.tied else shape.vocabulary * shape.hidden
+    return {"weights in bfloat16": float(HALF * (shape.parameters - looked_up))}
+
+
 def run_in(work: Work) -> int:
     """Bytes of a weight as products have it."""
     return HALF if work.bf16 else work.weight
+
+
+def stream_in(work: Work) -> int:
+    """Bytes of a number of the residual stream: embeddings', which autocast leaves as they are."""
+    return HALF if work.bf16 and work.shards > 1 else work.weight
 
 
 def trained(shape: Shape, work: Work) -> int:
@@ -179,52 +221,103 @@ def width(work: Work) -> int:
     return FULL if work.lora else work.weight
 
 
-def largest(shape: Shape, work: Work) -> int:
-    """Numbers of the largest trained tensor: an adapter's, or the embeddings."""
-    return max(shape.trained(work.lora, work.trainable).values())
+def largest(shape: Shape, work: Work, within: bool = False) -> int:
+    """Numbers of the largest trained tensor: an adapter's, or the embeddings; `within` a layer, these apart."""
+    sizes = shape.trained(work.lora, work.trainable).values()
+    of_layers = [size for size in sizes if size != shape.vocabulary * shape.hidden]
+    return max(of_layers if within and of_layers else sizes)
 
 
 def optimiser(shape: Shape, work: Work) -> float:
     return work.optimizer * width(work) / FULL * trained(shape, work) / work.shards
 
 
+def passing(shape: Shape, work: Work, rows: int, tokens: int, share: float, tapped: bool = False) -> list[dict[str, float]]:
+    """The moments of a batch's passes that can be their peak: at the loss, and in the last layer's backward pass.
+
+    With checkpointing nothing but the forward pass's end sees autocast's copies of all weights.
+
+    Args:
+        share: of a row's tokens, that have a label.
+        tapped: with each output's changes along V, which the tap forms, and what it keeps for them.
+    """
+    n = rows * tokens
+    kept = {"activations": activations(shape, work, n, tokens)}
+    loss = {"logits": logits(shape, n * share)}
+    layer = {"in a layer's backward pass": in_a_layer(shape, work, n, tokens)}
+    layer["gradient of a tensor"] = float(width(work) * largest(shape, work, within=not shape.tied))
+    copies = cast(shape, work)
+    moments = [kept | copies | loss, kept | layer | ({} if work.checkpointing else copies)]
+    if tapped:
+        x = run_in(work)
+        widened = FULL + HALF if x == HALF else 0  # what is multiplied, in float32, and as autocast has it; D = 2
+        # as modules get them, where others are kept: norms', or those to be cast, whose copies only gradients need
+        if not work.checkpointing and x == HALF and (work.norms or stream_in(work) == HALF):
+            kept["inputs of modules"] = n * shape.layers * 2.0 * stream_in(work) * shape.hidden
+        at_head = n * share * shape.vocabulary * (3 * x + 2 * widened)
+        in_layer = n * shape.intermediate * (4 * x + 3 * widened)
+        moments = [moment | kept for moment in moments]
+        moments[1]["changes along V"] = float(in_layer)
+        moments.append(kept | copies | {"changes of the logits along V": at_head})
+    return moments
+
+
 def training(shape: Shape, work: Work) -> Need:
-    """A training step's peak, and the disk of a run: its checkpoints, and twice what a killed run goes on from."""
+    """A training step's peak, and the disk of a run: its checkpoints, and twice what a killed run goes on from.
+
+    Gradients are made while a backward pass frees what its forward pass kept, so that a step's first micro-batch, that of
+    its longest rows, does not see them whole; those after it do, and so does a process of several without shards, whose
+    gradients lie in buckets that stay.
+    """
     p = trained(shape, work)
     saved = p if work.lora else shape.parameters
-    sets = 2 if work.retain else 1
     memory = held(shape, work)
     if work.lora:
         memory["adapters"] = float(FULL * p)
-    memory["gradients"] = work.gradients * width(work) * p / work.shards
     if work.average:
         memory["average gradient"] = width(work) * p / work.shards
     memory["optimiser"] = optimiser(shape, work)
-    embeddings = shape.vocabulary * shape.hidden
-    if (
-        shape.tied and embeddings in shape.trained(work.lora, work.trainable).values()
-    ):  # both uses' gradients before they are added
-        memory["gradients of the tied head"] = 2.0 * width(work) * embeddings
-    else:  # a micro-batch's gradient of the largest weight, before it is added to those before it
-        memory["gradient of a tensor"] = float(width(work) * largest(shape, work))
-    whole = work.lora or (work.trainable is not None and FULL * p <= max(memory["weights"], SPARE))  # `few_are_trained`
-    if work.shards > 1 and not whole:  # of two blocks, as they come and as they are reduced
-        memory["gradients not yet reduced"] = 2.0 * (run_in(work) + FULL) * shape.parameters / (shape.layers + 1)
-    elif work.shards > 1:
-        memory["gradients not yet reduced"] = float(FULL * p)
-    tokens = sets * work.rows * work.tokens
-    memory["activations"] = activations(shape, work, tokens, work.tokens)
-    memory["gradients of activations"] = tokens * run_in(work) * (2.0 * shape.intermediate + 4 * shape.hidden)  # of one layer
-    memory["logits"] = logits(shape, sets * work.rows * work.labels, 4, work.bf16)
-    if work.reference:
-        memory["logits of the reference"] = logits(shape, work.rows * work.labels, 5, work.bf16)
     if work.before and not (work.gpu or work.lora):
         memory["trained weights as they were"] = float(work.weight * p)
+    rows = work.rows * (2 if work.retain and work.gradients == 1 else 1)  # two gradients are of two passes
+    gradient = width(work) * p / work.shards
+    moments: list[dict[str, float]] = [{"gradients": work.gradients * gradient} | added_up(shape, work, work.accumulated > 1 or work.buckets)]
+    passes = [(work.tokens, work.gradients if work.buckets else work.gradients - 1)]
+    if work.accumulated > 1:
+        passes.append((work.later or work.tokens, work.gradients))
+    for tokens, whole in passes:
+        for moment in passing(shape, work, rows, tokens, work.labels / work.tokens):
+            if work.reference:
+                moment["logits of the reference"] = logits(shape, work.rows * tokens * work.labels / work.tokens, 5)
+            moments.append({"gradients": whole * gradient} | moment | not_reduced(shape, work, p))
+    memory |= max(moments, key=lambda moment: sum(moment.values()))
     disk = {"checkpoints": float(work.checkpoints * work.saved * saved)}
     disk["to go on from"] = 2 * (FULL * saved + work.optimizer * p + width(work) * p * work.average)
     if work.lora and work.merged:
         disk["merged model"] = float(work.saved * shape.parameters)
     return Need("training", memory, disk, 1 if work.gpu else FRAGMENTS)
+
+
+def added_up(shape: Shape, work: Work, again: bool) -> dict[str, float]:
+    """At a backward pass's end, beside the gradients: of tied embeddings both uses' before they are added, and their sum.
+
+    Args:
+        again: there are gradients of an earlier pass to add to, so that what is added is no part of them; of one tensor.
+    """
+    embeddings = shape.vocabulary * shape.hidden
+    if shape.tied and embeddings in shape.trained(work.lora, work.trainable).values():
+        return {"gradients of the tied head": (3.0 if again else 2.0) * width(work) * embeddings}
+    return {"gradient of a tensor": float(width(work) * largest(shape, work))} if again else {}
+
+
+def not_reduced(shape: Shape, work: Work, p: int) -> dict[str, float]:
+    """In shards, of two blocks, as they come and as they are reduced; few gradients are whole until the step's end."""
+    if work.shards == 1:
+        return {}
+    held_here = work.weight * shape.parameters / work.shards
+    if work.lora or (work.trainable is not None and FULL * p <= max(held_here, SPARE)):  # `few_are_trained`
+        return {"gradients not yet reduced": float(FULL * p)}
+    return {"gradients not yet reduced": 2.0 * (run_in(work) + FULL) * shape.parameters / (shape.layers + 1)}
 
 
 def measuring(shape: Shape, work: Work, optimizer: bool) -> Need:
@@ -235,21 +328,23 @@ def measuring(shape: Shape, work: Work, optimizer: bool) -> Need:
         memory["optimiser"] = optimiser(shape, work)
     if not work.offload:
         memory["directions V"] = 2.0 * width(work) * p / work.shards
-    if work.norms or width(work) == HALF or work.offload:
-        memory["sum in float32"] = FULL * p / work.shards
-    memory["gradient of a tensor"] = float(width(work) * largest(shape, work))
-    memory["activations"] = activations(shape, work, MEASURED_ROWS * work.tokens, work.tokens)
-    memory["logits"] = logits(shape, MEASURED_ROWS * work.labels, 3, work.bf16)
+    passes = [(False, width(work) == HALF or work.offload), (work.tapped, work.norms or not work.tapped)]
+    moments: list[dict[str, float]] = [added_up(shape, work, again=True)]
+    for tapped, summed in passes:  # the risks' and the objective's
+        sums = {"sum in float32": FULL * p / work.shards} if summed else {}
+        found = passing(shape, work, MEASURED_ROWS, work.tokens, work.labels / work.tokens, tapped)
+        moments += [sums | moment for moment in found]
+    memory |= max(moments, key=lambda moment: sum(moment.values()))
     return Need("G-effects", memory, {}, 1 if work.gpu else FRAGMENTS)
 
 
 def scoring(shape: Shape, work: Work, models: int) -> Need:
     """Teacher forcing and decoding: weights (of several models for the control search), keys and values, logits."""
-    memory = held(shape, work)
+    memory = held(shape, work) | cast(shape, work)
     memory["weights"] *= models
     keys = 2 * shape.key_values * shape.layers * (HALF if work.bf16 else FULL)
     memory["keys and values"] = float(4 * MEASURED_ROWS * 2 * work.tokens * keys)  # four times the rows are decoded at once
-    memory["logits"] = logits(shape, MEASURED_ROWS * work.labels, 3, work.bf16)
+    memory["logits"] = logits(shape, MEASURED_ROWS * work.labels)
     return Need("scores", memory, {}, 1 if work.gpu else FRAGMENTS)
 
 
