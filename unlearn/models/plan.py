@@ -281,7 +281,9 @@ def training(shape: Shape, work: Work) -> Need:
         memory["trained weights as they were"] = float(work.weight * p)
     rows = work.rows * (2 if work.retain and work.gradients == 1 else 1)  # two gradients are of two passes
     gradient = width(work) * p / work.shards
-    moments: list[dict[str, float]] = [{"gradients": work.gradients * gradient} | added_up(shape, work, work.accumulated > 1 or work.buckets)]
+    moments: list[dict[str, float]] = [
+        {"gradients": work.gradients * gradient} | added_up(shape, work, work.accumulated > 1 or work.buckets)
+    ]
     passes = [(work.tokens, work.gradients if work.buckets else work.gradients - 1)]
     if work.accumulated > 1:
         passes.append((work.later or work.tokens, work.gradients))
