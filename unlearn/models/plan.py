@@ -292,12 +292,16 @@ def training(shape: Shape, work: Work) -> Need:
             if work.reference:
                 moment["logits of the reference"] = logits(shape, work.rows * tokens * work.labels / work.tokens, 5)
             moments.append({"gradients": whole * gradient} | moment | not_reduced(shape, work, p))
-    memory |= max(moments, key=lambda moment: sum(moment.values()))
+    memory |= largest_of(moments)
     disk = {"checkpoints": float(work.checkpoints * work.saved * saved)}
     disk["to go on from"] = 2 * (FULL * saved + work.optimizer * p + width(work) * p * work.average)
     if work.lora and work.merged:
         disk["merged model"] = float(work.saved * shape.parameters)
     return Need("training", memory, disk, 1 if work.gpu else FRAGMENTS)
+
+
+def largest_of(moments: list[dict[str, float]]) -> dict[str, float]:
+    return max(moments, key=lambda moment: sum(moment.values()))
 
 
 def added_up(shape: Shape, work: Work, again: bool) -> dict[str, float]:
@@ -336,7 +340,7 @@ def measuring(shape: Shape, work: Work, optimizer: bool) -> Need:
         sums = {"sum in float32": FULL * p / work.shards} if summed else {}
         found = passing(shape, work, MEASURED_ROWS, work.tokens, work.labels / work.tokens, tapped)
         moments += [sums | moment for moment in found]
-    memory |= max(moments, key=lambda moment: sum(moment.values()))
+    memory |= largest_of(moments)
     return Need("G-effects", memory, {}, 1 if work.gpu else FRAGMENTS)
 
 

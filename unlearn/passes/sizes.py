@@ -93,13 +93,13 @@ def bytes_a_token(kind: Kind, shape: plan.Shape, work: plan.Work, width: int) ->
     """
     layer = plan.activations(shape, replace(work, checkpointing=False, gpu=True), 1, width) / shape.layers
     if kind == "gradients":
-        passing = plan.run_in(work) * (2.0 * shape.intermediate + 4 * shape.hidden)
-        return plan.activations(shape, work, 1, width) + passing + plan.logits(shape, 1, 5, work.bf16)
+        passing = plan.in_a_layer(shape, work, 1, width)
+        return plan.activations(shape, work, 1, width) + passing + plan.logits(shape, 1, 5 + work.bf16 / 2)
     if kind == "tangents":  # in the weights' precision; attention is not fused
         whole = plan.activations(shape, replace(work, bf16=False, checkpointing=False, gpu=False), 1, width) / shape.layers
-        return (1 + DIRECTIONS) * (whole + plan.logits(shape, 1, 4, False))
+        return (1 + DIRECTIONS) * (whole + plan.logits(shape, 1, 4))
     keys = 2.0 * plan.run_in(work) * shape.key_values * shape.layers
-    return layer + 2 * keys + (plan.logits(shape, 1, 5, work.bf16) if kind == "losses" else 0)
+    return layer + 2 * keys + (plan.logits(shape, 1, 5 + work.bf16 / 2) if kind == "losses" else 0)
 
 
 def tokens_that_fit(kind: Kind, model: PreTrainedModel, bf16: bool, width: int, free: float) -> int:
