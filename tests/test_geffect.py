@@ -32,6 +32,7 @@ from unlearn.geffect.meter import Meter
 from unlearn.geffect.parts import RISKS
 from unlearn.geffect.risks import add_gradient, zeros
 from unlearn.geffect.tables import Tables
+from unlearn.geffect.tap import row_products
 from unlearn.geffect.target import Target, Wanted
 from unlearn.objectives.functions import Objective, ga, kl, mean_nll, npo, rmu, tnpo, wga, wtnpo
 from unlearn.objectives.loss import Loss
@@ -858,3 +859,11 @@ def test_outputs_that_mix_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"does not tell 2 rows apart \(instances=false does without\)"):
         meter_of(model, target).measure()
     assert len(meter_of(model, target, Wanted(instances=False, tokens=True)).measure()["tokens"])
+
+
+def test_the_taps_products_are_float32_under_autocast() -> None:
+    """Each module's and instance's would else be a bfloat16 number: right to three figures."""
+    a, b = torch.randn(4, 2, 300), torch.randn(4, 300)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = row_products(a, b)
+    torch.testing.assert_close(found, torch.einsum("ndk,nk->nd", a.double(), b.double()), rtol=1e-5, atol=1e-5)

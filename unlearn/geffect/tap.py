@@ -119,7 +119,7 @@ class Tap:
         site, rows = self.sites[number], self._batch["index"]
         if site.layer == "lm_head" and changes.shape[1] == 1:  # (1, M, vocabulary); one after the other, for they are large
             at, position = rows[self._batch["row"]], self._batch["position"]
-            products = torch.cat([_dots(change[0].unsqueeze(1), grad[0]) for change in changes], dim=1)
+            products = torch.cat([row_products(change[0].unsqueeze(1), grad[0]) for change in changes], dim=1)
             self._note(number, at, products, lambda positions: positions.index_put_((at, position), products, accumulate=True))
             return
         n, width = len(rows), self._width
@@ -132,7 +132,7 @@ class Tap:
             raise ValueError(
                 f"{site.name}: its output {tuple(grad.shape)} does not tell positions apart (positions=false does without)"
             )
-        products = _dots(torch.stack(a, 2).flatten(0, 1), b.flatten(0, 1)).view(*b.shape[:2], -1)  # (n, T or 1, D)
+        products = row_products(torch.stack(a, 2).flatten(0, 1), b.flatten(0, 1)).view(*b.shape[:2], -1)  # (n, T or 1, D)
         # a convolution's may have more at the end
         self._note(
             number, rows, products.sum(1), lambda positions: positions[:, :width].index_add_(0, rows, products[:, :width])
@@ -144,10 +144,11 @@ class Tap:
             by_position(self.positions[:, :, self.layer_of[number]])
 
 
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """(n, D, k), (n, k) -> (n, D) float64: the inner products of rows, in float32 or wider."""
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """(n, D, k), (n, k) -> (n, D) float64: the inner products of rows, in float32 or wider, under autocast too."""
     kind = wide(b.dtype)
-    return torch.bmm(a.to(kind), b.to(kind).unsqueeze(2)).squeeze(2).double()
+    with torch.autocast(b.device.type, enabled=False):
+        return torch.bmm(a.to(kind), b.to(kind).unsqueeze(2)).squeeze(2).double()
 
 
 @dataclass
