@@ -57,7 +57,7 @@ def of_outputs(settings: GEffects, family: Family, meter: Meter, rows: Sequence[
     for name in dict.fromkeys(name for name, _ in parse_sweep(settings)):
         for number in NUMBERS:
             config = compose("forget", [f"method={name}", f"hyper_param={number}"])
-            method = Method.model_validate(config["method"])
+            method = Method.model_validate(config["method"]).model_copy(update={"dual": None})  # a retain term's weight
             if method.answers == "forget" and not needs(method) & {"second", "hidden", "ref_hidden"}:
                 none = Retain(name="none", weight=0, term=None)
                 loss = build_loss(method, none, settings.seed, meter.model, reference, tokenizer)
