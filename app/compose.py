@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -22,7 +23,7 @@ OmegaConf.register_new_resolver(
     "hyper", lambda default, *, _root_: default if _root_.hyper_param is None else _root_.hyper_param, replace=True
 )
 OmegaConf.register_new_resolver(
-    "layers", lambda found: str(found) if isinstance(found, int) else "-".join(map(str, found)), replace=True
+    "layers", lambda found: "-".join(map(str, found)) if isinstance(found, Sequence) else str(found), replace=True
 )
 for _name, _group in COMMANDS.items():  # what their YAML begins with
     ConfigStore.instance().store(name=f"{_name}_settings", node=defaults(_group))

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import utils
 from dataloader import StepBatches
-from unlearn.geffect import meter, sites, tangents, tap
+from unlearn.geffect import sharing, sites, tap
 from unlearn.geffect.meter import Meter
 from unlearn.geffect.target import Target, Wanted
 from unlearn.models import checkpoints
@@ -155,10 +155,10 @@ PLANTED: dict[str, Callable[[], Any]] = {
     "npo and kl": lambda: on_cpu(objectives, "reference_nll"),
     "rmu": lambda: patch.dict(globals(), NOISE=torch.device("cpu")),
     "instances": lambda: on_cpu(sites.Site, "along"),
-    "positions": lambda: on_cpu(tap, "_row_dots"),
+    "positions": lambda: on_cpu(tap, "row_products"),
     "plain": lambda: on_cpu(sets, "on"),
-    "tokens": lambda: on_cpu(tangents, "label_positions"),
-    "sweep": lambda: on_cpu(meter, "contract"),
+    "tokens": lambda: on_cpu(sharing, "on"),
+    "sweep": lambda: on_cpu(sharing, "contract"),
     "offload": lambda: on_cpu(sites.Site, "along"),
     "scores": lambda: on_cpu(forcing, "widen"),
     "scores of lone rows": lambda: on_cpu(tokens, "widen"),

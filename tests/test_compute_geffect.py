@@ -166,7 +166,7 @@ def test_the_prediction_is_what_was_measured(place: Path) -> None:
 def test_the_figures_are_there_and_drawn_again_from_the_tables(place: Path, everything: Path) -> None:
     names = {
         place / RUN / "geffect/figures": ["instances", "layers", "prediction", "steps", "updates"],
-        everything / "figures": ["instances", "layers", "steps", "sweep", "tokens"],
+        everything / "figures": ["instances", "layers", "objectives", "steps", "sweep", "tokens"],
     }
     for figures, expected in names.items():
         found = sorted(file.name for file in figures.iterdir())

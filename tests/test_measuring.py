@@ -264,7 +264,7 @@ def test_every_table_is_compared_with_the_total(name: str, norms: bool, monkeypa
     """At each measurement, not at the first alone: a hundredth more somewhere is told."""
     meter = meter_of(build("llama"), TOKENS, FORGET, RETAIN, ga, wanted=Wanted(norms=norms, positions=True, tokens=True))
     meter.measure()
-    maker = {"layers": "_by_site", "positions": "by_position", "tokens": "by_token", "instances": "instance_table"}[name]
+    maker = {"layers": "by_site", "positions": "by_position", "tokens": "by_token", "instances": "instance_table"}[name]
     where = meter if hasattr(meter, maker) else meters
     make = getattr(where, maker)
 

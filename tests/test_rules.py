@@ -297,7 +297,7 @@ def test_every_step_has_its_conflict_in_the_log(cuts: dict[str, Path], method: s
             assert line["forget_retain_cosine"] == pytest.approx(both / (f * r))
         if "log_conflict" in method:
             assert line["rule_removed"] == 0
-            assert line["grad_norm"] == pytest.approx(math.sqrt(f * f + r * r + 2 * both), rel=1e-5)
+            assert line["grad_norm"] == pytest.approx(math.sqrt(f * f + r * r + 2 * both), rel=1e-4)  # summed in float32
             assert line["rule_e_r"] == pytest.approx(both + r * r, rel=1e-5, abs=1e-6 * f * r)
         if "gru" in method or "pcgrad" in method:
             assert line["rule_e_r"] >= -1e-6 * line["grad_norm"] * max(r, 1.0)

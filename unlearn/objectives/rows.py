@@ -6,6 +6,7 @@ Letters: B rows, T tokens of the longest of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -117,12 +118,19 @@ def forget_batch(rows: Sequence[Row], beside: Sequence[Row], pad: int) -> dict[s
         batch[f"n_{kind}second"] = len(second[kind])
         if any(isinstance(row.get("second"), list) for row in of):
             batch[f"{kind}second_of"] = torch.tensor([i for i, row in enumerate(of) for _ in seconds(row)])
-    batch["at"] = label_positions(batch["labels"])  # here, on the CPU: where the batch goes it would be waited for
-    row, ends = batch["at"] // batch["labels"].shape[1], [0, len(rows), len(rows) + len(beside)]
-    ends.append(ends[-1] + len(second[""]))
+    return _placed(batch | {"n_forget": len(rows)}, (len(rows), len(beside), len(second[""])))
+
+
+def _placed(batch: dict[str, Any], rows: tuple[int, int, int]) -> dict[str, Any]:
+    """The batch with where its label tokens are, told on the CPU: where the batch goes it would be waited for.
+
+    Args:
+        rows: to forget, beside them, and second answers of the first.
+    """
+    at = label_positions(batch["labels"])
+    row, ends = at // batch["labels"].shape[1], [0, *accumulate(rows)]
     before = [int((row < end).sum()) for end in ends]
-    batch["n_tokens"] = tuple(b - a for a, b in zip(before, before[1:], strict=False))
-    return batch | {"n_forget": len(rows)}
+    return batch | {"at": at, "n_tokens": tuple(b - a for a, b in zip(before, before[1:], strict=False))}
 
 
 def parts_of(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -138,6 +146,8 @@ def parts_of(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         (of_retain, {"n_forget": 0, "n_second": 0, "n_retain_second": n_beside}, "forget"),
     ):
         part = dict(batch) | sizes | {key: batch[key][rows] for key in ("input_ids", "attention_mask", "labels")}
+        n_beside_here = len(rows) - sum(sizes.values())
+        part = _placed(part, (sizes["n_forget"], n_beside_here, sizes["n_second"]))
         parts.append(part | ({"rows": batch["rows"] | {other: []}} if "rows" in batch else {}))
     for key in ("ref_nll", "second_ref_nll", "second_of"):
         parts[0].pop(f"retain_{key}", None)
