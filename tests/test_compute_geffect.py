@@ -272,7 +272,7 @@ def test_a_sweep_of_all(place: Path, everything: Path, tmp_path: Path, capsys: p
     without = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sweep=all: without ")]
     left_out = {line.split()[2].rstrip(":") for line in without}
     assert {"altpo", "task_vector", "rmu", "circuit_breakers"} <= left_out
-    assert all("method.layer=" in line or "column generated" in line or "task_vector" in line for line in without)
+    assert all("method.layer=" in line or "rows lack: generated" in line or "task_vector" in line for line in without)
     swept = table(tmp_path / "geffect", "sweep")
     defaults = swept[swept["hyper_param"].isna()].set_index(["method", "risk"])["geffect"]
     assert set(defaults.index.get_level_values(0)) == set(choices("method")) - left_out
