@@ -167,7 +167,7 @@ def test_the_plan_counts_what_is_trained() -> None:
     assert need.memory["weights"] == plain.memory["weights"]
     assert need.disk["checkpoints"] == plain.disk["checkpoints"]  # whole models
     assert need.disk["to go on from"] == 2 * (4 * model.parameters + 8 * down)
-    few = {"rows": 1, "tokens": 4, "labels": 2, "accumulated": 1}  # so that they are the peak
+    few: dict[str, Any] = {"rows": 1, "tokens": 4, "labels": 2, "accumulated": 1}  # so that they are the peak
     assert "gradients of the tied head" in training(model, Work(**few)).memory
     assert "gradients of the tied head" not in training(model, work(**few)).memory
     assert training(model, work(shards=8)).memory["gradients not yet reduced"] == 4 * down
