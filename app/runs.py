@@ -26,7 +26,7 @@ from utils import is_main_process, processes, versions
 # What a run is made of beside its settings, by its kind and name: {"data": {set: hash}, "models": {key: hash}}.
 MadeOf = Mapping[str, Mapping[str, str]]
 SECOND = "second"  # the file of the answers that the model itself has generated, SECOND.jsonl, and what begins with it
-NOT_NOTED = {"trainable": None}  # of runs that were made before there was such a setting
+NOT_NOTED = {"trainable": None, "rule.name": "sum"}  # of runs that were made before there were such settings
 NOT_IN_NAMES = {"method.name", "method.run_name", "method.layer", "retain.name", "rule.name"}  # they stand there otherwise
 
 # ---- names ----
