@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.checks import check_gradient, check_layer
 from app.compose import compose
-from app.data import data_of, unlearning_data
+from app.data import UnlearningData, data_of, unlearning_data
 from app.families import Family
 from app.methods import choices, layer_of, parse_method
 from app.runs import run_of, saved_settings
@@ -76,6 +77,7 @@ def entries(settings: GEffects) -> list[Any]:
     return ["all"] if settings.sweep == "all" else list(settings.sweep or [])
 
 
+@cache
 def _composed(name: str, hyper: float | None) -> tuple[Method, Retain]:
     one = compose("forget", [*parse_method(name), *([] if hyper is None else [f"hyper_param={hyper:g}"])])
     return Method.model_validate(one["method"]), Retain.model_validate(one["retain"])
@@ -84,12 +86,13 @@ def _composed(name: str, hyper: float | None) -> tuple[Method, Retain]:
 def every_objective(settings: GEffects, tell: Callable[[str], None]) -> Objectives:
     """Each of config/method at its default that has a gradient at the unlearned weights, a layer and all answers here."""
     found: Objectives = {}
+    data = unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
     for name in choices("method"):
         method, retain = _composed(name, None)
         try:
             check_gradient(method, "method", "only its weights can be measured")
             check_layer(settings.model_path, layer_of(method, retain))
-            check_answers(settings, method, retain)
+            check_answers(data, method, retain)
         except ValueError as error:
             tell(f"sweep=all: without {name}: {error}")
         else:
@@ -97,9 +100,8 @@ def every_objective(settings: GEffects, tell: Callable[[str], None]) -> Objectiv
     return found
 
 
-def check_answers(settings: GEffects, method: Method, retain: Retain) -> None:
+def check_answers(data: UnlearningData, method: Method, retain: Retain) -> None:
     """Raises ValueError where rows do not have what other answers to their questions are made of."""
-    data = unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
     for rows, of in ((data.forget, {method.answers, method.second}), (data.retain, {retain.second})):
         columns = ["question" if source == "idk" else source for source in of if source not in (None, "forget")]
         if lacking := [column for column in columns if any(not row.get(column) for row in rows)]:
@@ -186,7 +188,7 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
 
 
 class Measured:
-    """The rows that losses are of, tokenised: those of one kind are one list, so that targets share their passes.
+    """The rows that losses are of, tokenised and run through the model before unlearning once for all losses of their kind.
 
     Args:
         groups: the methods and retain terms that are measured.

@@ -11,8 +11,15 @@ import yaml
 from app.places import CONFIG
 from app.settings import Method, Retain
 
-ALIASES = {"grad_ascent": "ga", "ins_npo": "tnpo", "w_ins_npo": "wtnpo", "po": "idk", "grad_diff": "gd", "KL": "kl"}
-ALIASES |= {"idkdpo": "dpo"}
+ALIASES = {
+    "grad_ascent": "ga",
+    "ins_npo": "tnpo",
+    "w_ins_npo": "wtnpo",
+    "po": "idk",
+    "grad_diff": "gd",
+    "KL": "kl",
+    "idkdpo": "dpo",
+}
 RETAINED = ("gd", "kl")  # methods that are `ga` with the retain term of their name
 
 
