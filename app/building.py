@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from hydra.utils import instantiate
 
 import dataloader
-from app.checks import check_disk
+from app.checks import check_disk, two_gradients
 from app.families import Family
 from app.methods import layer_of
 from app.planning import work_of
@@ -169,7 +169,7 @@ def found(group: Method | Retain) -> Any:
 
 def rule_of(settings: Forget) -> Rule | None:
     """What makes the step of two gradients; None where the loss's own is formed at once."""
-    if settings.rule.name == "sum" and not settings.log_conflict:
+    if not two_gradients(settings):
         return None
     return Rule(instantiate(settings.rule.combine), settings.rule.average)
 
@@ -256,7 +256,7 @@ def build_loss(
         steps: of the run, for a dual variable's warm-up.
 
     Raises:
-        ValueError: the two look at other layers, or one looks at a layer and none is given; the refusal has no token.
+        ValueError: the two look at other layers, or one looks at a layer and none is given; there is no refusal.
     """
     layer, noise = layer_of(method, retain), None
     if layer is not None:

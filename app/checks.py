@@ -57,11 +57,16 @@ def count_steps(settings: Training, rows: int) -> tuple[int, int]:
     return steps, max(1, rows // size)
 
 
+def two_gradients(settings: Forget) -> bool:
+    """Whether a step's gradients of the objective and of the retain term are kept apart."""
+    return settings.rule.name != "sum" or settings.log_conflict
+
+
 def check_rule(settings: Forget) -> None:
     """Raises ValueError where what takes a retain term has none, or its weight is given twice."""
     method, retain = settings.method, settings.retain
-    key = f"rule={settings.rule.name}" if settings.rule.name != "sum" else "log_conflict=true" if settings.log_conflict else ""
-    if key and retain.term is None:
+    if two_gradients(settings) and retain.term is None:
+        key = "log_conflict=true" if settings.rule.name == "sum" else f"rule={settings.rule.name}"
         raise ValueError(f"{key}: retain={retain.name} has no gradient beside that of method={method.name}; {_terms()}")
     if (dual := method.get("dual")) is not None:
         if retain.term is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from app.checks import count_steps, model_config, shapes
+from app.checks import count_steps, model_config, shapes, two_gradients
 from app.data import TEXTS, Data, data_of, finetune_sets
 from app.families import Family
 from app.filling import with_family
@@ -111,7 +111,7 @@ def work_of(settings: Common, family: Family) -> Work:
         work |= {"accumulated": accumulated, "buckets": settings.plan > 1 and settings.parallel == "ddp"}
         work["later"] = longest_later(settings, accumulated)
     if isinstance(settings, Forget):
-        work["gradients"] = 1 if settings.rule.name == "sum" and not settings.log_conflict else 2
+        work["gradients"] = 2 if two_gradients(settings) else 1
         work["average"] = settings.rule.average is not None
     if isinstance(settings, Forget | GEffects):
         retain = settings.retain.name != "none"
