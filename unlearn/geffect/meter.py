@@ -341,23 +341,18 @@ class Meter:
 
     def _dots(self, vectors: Mapping[str, Tensor]) -> dict[str, list[float]]:
         """For each parameter its inner product with each V."""
-        found = iter(self._over_shards(read_all([dots(x, self.directions[name]) for name, x in vectors.items()])))
+        found = iter(read_all([dots(x, self.directions[name]) for name, x in vectors.items()], self.sharded))
         return {name: [next(found) for _ in RISKS] for name in vectors}
 
-    def _over_shards(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over shards to sums over all: the same numbers where the model is not in shards."""
-        if not self.sharded:
-            return list(numbers)
-        sums = torch.tensor(numbers, dtype=torch.float64, device=self.model.device)
-        over_processes([sums])
-        return sums.tolist()
+    def risk_norms(self) -> list[float]:
+        """The norm of each V."""
+        found = read_all([squares(v, self.model.device) for v in self.directions.values()], self.sharded)
+        return [math.sqrt(math.fsum(found[d :: len(RISKS)])) for d in range(len(RISKS))]
 
     def _steps(self, totals: list[float], gradient: Vectors) -> pd.DataFrame:
         check_finite(totals)
-        of_v = read_all([squares(v, self.model.device) for v in self.directions.values()])
-        of_risks = [math.fsum(of_v[d :: len(RISKS)]) for d in range(len(RISKS))]
-        own = math.fsum(read_all([dot(g, g) for g in gradient.values()])) if gradient else math.nan
-        *risk_norms, norm = map(math.sqrt, self._over_shards([*of_risks, own]))
+        risk_norms, of_each = self.risk_norms(), read_all([dot(g, g) for g in gradient.values()], self.sharded)
+        norm = math.sqrt(math.fsum(of_each)) if gradient else math.nan
         cosines = [e / (norm * r) if norm * r else math.nan for e, r in zip(totals, risk_norms, strict=True)]
         columns = {"risk": RISKS, "geffect": totals, "cosine": cosines, "objective_norm": norm, "risk_norm": risk_norms}
         return pd.DataFrame(columns)

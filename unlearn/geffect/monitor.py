@@ -26,8 +26,7 @@ from unlearn.geffect.parts import RISKS
 from unlearn.geffect.risks import put_back, wide
 from unlearn.io.files import write_whole
 from unlearn.models.sharding import local
-from unlearn.models.vectors import CHUNK_OF_A_GPU
-from unlearn.passes.batches import over_processes
+from unlearn.models.vectors import CHUNK_OF_A_GPU, read_all
 
 CHUNK = 1 << 16  # numbers that are summed in float32 on a CPU: 1 << 14 take twice the time, and are 8 times as exact
 COLUMNS = ("step", "risk", "gradient", "cosine", "update", "age")
@@ -68,10 +67,7 @@ class Monitor:
         """V is new: measured at this step's weights."""
         assert self._pending is None  # its update is along the V before
         self.since = step
-        squares = torch.zeros(D, dtype=torch.float64, device=self.meter.model.device)
-        for v in self.meter.directions.values():
-            squares += torch.stack([products([x], x[None])[0] for x in local(v)]).to(squares.device)
-        self._norms = [math.sqrt(square) for square in self._read(squares)]
+        self._norms = self.meter.risk_norms()
 
     def measure(self, step: int) -> None:
         """Measure V alone: a run that goes on from a checkpoint has lost it."""
@@ -87,7 +83,7 @@ class Monitor:
                 sums[D : 2 * D] += products([p], self.meter.directions[name])[:D]
             else:
                 sums += products([p.grad, p], self.meter.directions[name])
-        *dots, square = self._read(sums)
+        *dots, square = read_all([sums], self.meter.sharded)
         self._complete(dots[D:])
         norm = math.sqrt(square)
         self.shown = dots[:D]
@@ -101,7 +97,7 @@ class Monitor:
         sums = torch.zeros(D, dtype=torch.float64, device=self.meter.model.device)
         for name, p in self.meter.parameters.items():
             sums += products([p], self.meter.directions[name])[:D]
-        self._complete(self._read(sums))
+        self._complete(read_all([sums], self.meter.sharded))
 
     def _complete(self, after: Sequence[float]) -> None:
         if self._pending is None:
@@ -118,11 +114,6 @@ class Monitor:
             except OSError as error:
                 what = f"{self.file}: the monitor of step {step} could not be written, what was saved before it is kept"
                 raise OSError(f"{what}: {error}") from error
-
-    def _read(self, sums: Tensor) -> list[float]:
-        if self.meter.sharded:
-            over_processes([sums])
-        return sums.tolist()
 
 
 def keep(file: Path, steps: int, monitored: bool) -> None:

@@ -37,10 +37,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def zeros(parameters: Mapping[str, Tensor], n: int | None = None) -> Vectors:
-    """A zero vector, or `n` of them stacked, wide enough to accumulate in."""
-    stack = () if n is None else (n,)
-    return {name: sharding.zeros(p, stack, wide(p.dtype)) for name, p in parameters.items()}
+def zeros(parameters: Mapping[str, Tensor]) -> Vectors:
+    """A zero vector, wide enough to accumulate in."""
+    return {name: sharding.zeros(p, (), wide(p.dtype)) for name, p in parameters.items()}
 
 
 @contextmanager

@@ -56,14 +56,24 @@ def _widened(rows: Tensor, device: torch.device) -> Iterator[Tensor]:
     return (row.to(device, non_blocking=True).double() for row in rows)
 
 
-def read_all(numbers: Sequence[Tensor]) -> list[float]:
-    """Their values, one after the other, by one synchronisation with their device."""
-    return torch.cat([x.flatten() for x in numbers]).tolist() if numbers else []
+def read_all(numbers: Sequence[Tensor], sharded: bool = False) -> list[float]:
+    """Their values, one after the other, by one synchronisation with their device.
+
+    Args:
+        sharded: they are of this process's shards, and what is read is the sums over all processes.
+    """
+    if not numbers:
+        return []
+    found = torch.cat([x.flatten() for x in numbers])
+    if sharded:
+        torch.distributed.all_reduce(found)
+    return found.tolist()
 
 
 def inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, float]:
     """For each tensor of `a` its inner product with that of `b`, whole: over all shards, where they are in shards."""
-    numbers = torch.stack([dot(x, b[name]) for name, x in a.items()])
-    if any(isinstance(x, DTensor) for x in a.values()):
-        torch.distributed.all_reduce(numbers)
-    return dict(zip(a, numbers.tolist(), strict=True))
+    return dict(zip(a, read_all([dot(x, b[name]) for name, x in a.items()], in_shards(a)), strict=True))
+
+
+def in_shards(vectors: Mapping[str, Tensor]) -> bool:
+    return any(isinstance(x, DTensor) for x in vectors.values())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unlearn.models.sharding import like, whole
-from unlearn.models.vectors import Vectors, dot, inner
+from unlearn.models.vectors import Vectors, dot, in_shards, inner, read_all
 from unlearn.training.rules import Rule
 
 Numbers = dict[str, float]
@@ -63,8 +63,8 @@ class TwoGradients:
             off = plain.sub_(step) if plain is not forget[name] else plain - step
             removed[name], made[name] = dot(off, off), dot(step, along[name])
             self.parameters[name].grad = forget[name] = step  # its place is free for the next
-        sharded = any(isinstance(x, DTensor) for x in forget.values())
-        square, effect = over_shards(removed, sharded), over_shards(made, sharded)
+        sums = [torch.stack(list(of.values())).sum() for of in (removed, made)]
+        square, effect = read_all(sums, in_shards(forget))
         return numbers | {"rule_removed": math.sqrt(square), "rule_e_r": effect}
 
     def _reduced(self) -> tuple[Vectors, Vectors]:
@@ -107,11 +107,3 @@ def compared(forget: Vectors, retain: Vectors) -> Numbers:
     both = of_forget * of_retain
     found = {"forget_retain": product, "forget_retain_cosine": product / both if both else math.nan}
     return found | {"forget_norm": of_forget, "retain_norm": of_retain}
-
-
-def over_shards(numbers: Mapping[str, Tensor], sharded: bool) -> float:
-    """The sum of parts' numbers, over all processes where each has its shards alone."""
-    found = torch.stack(list(numbers.values())).sum()
-    if sharded:
-        torch.distributed.all_reduce(found)
-    return found.item()
