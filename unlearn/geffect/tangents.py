@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from unlearn.geffect.risks import Directions
 from unlearn.objectives.loss import Loss
 from unlearn.objectives.statistics import STATISTICS, statistics
-from unlearn.objectives.tokens import Layer, Tokens, layers_of, pick, positions_of, token_outputs
+from unlearn.objectives.tokens import Layer, Tokens, label_positions_of, layers_of, pick, token_outputs
 from unlearn.passes.batches import Batch
 
 Weights = dict[str, Tensor]
@@ -101,7 +101,7 @@ def token_tangents(
     with torch.autocast(batch["labels"].device.type, enabled=False):
         found, tangents = along_each(run, weights, v)
     labels = batch["labels"]
-    at = positions_of(batch)
+    at = label_positions_of(batch)
     row, label = at // labels.shape[1], labels.flatten()[at + 1]
     kept = {"logits": None} | found | {name: x for name, x in given.items() if name in wanted}
     return Dual(Tokens(row=row, n_rows=len(labels), label=label, **kept), tangents, layers)

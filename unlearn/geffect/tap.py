@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unlearn.geffect.risks import Directions, wide
 from unlearn.geffect.sites import Axes, Site
-from unlearn.objectives.tokens import positions_of
+from unlearn.objectives.tokens import label_positions_of
 from unlearn.passes.batches import Batch
 
 # ---- where to tap ----
@@ -57,7 +57,7 @@ class Tap:
     @contextmanager
     def batch(self, batch: Batch) -> Iterator[None]:
         """Tap what is run inside: a forward pass of these rows and its backward pass."""
-        at = positions_of(batch)
+        at = label_positions_of(batch)
         width = batch["labels"].shape[1]
         self._batch = {"index": batch["index"], "at": at, "row": at // width, "position": at % width}
         self._width = width

@@ -121,7 +121,7 @@ def label_positions(labels: Tensor) -> Tensor:
     return predicts.flatten().nonzero().squeeze(1)
 
 
-def positions_of(batch: Mapping[str, Any]) -> Tensor:
+def label_positions_of(batch: Mapping[str, Any]) -> Tensor:
     """The same of a batch, which may know them as `at`: a GPU is waited for to find them."""
     return batch["at"] if "at" in batch else label_positions(batch["labels"])
 
@@ -189,7 +189,7 @@ def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: Layer = Non
         ValueError: the model has no layer of that number.
     """
     labels = batch["labels"]
-    at = positions_of(batch)
+    at = label_positions_of(batch)
     logits, hidden = outputs_at(model, batch, at, layer)
     label = labels.flatten()[at + 1]
     nll = F.cross_entropy(logits, label, reduction="none")
