@@ -87,7 +87,8 @@ def measure(settings: GEffects, family: Family, folder: Path) -> None:
     steps, following = find_steps(settings)
     names = ["layers", *(name for name in ("instances", "tokens", "positions") if getattr(settings, name))]
     check_weights(folder, steps, following)
-    todo = [step for step, _ in steps if not store.has(step, names, list(parse_sweep(settings)))]
+    sweep = list(parse_sweep(settings))
+    todo = [step for step, _ in steps if not store.has(step, names, sweep, settings.sweep_norms)]
     if todo:
         measure_steps(settings, family, store, steps, following, todo)
     else:

@@ -167,7 +167,7 @@ def found(group: Method | Retain) -> Any:
     return None if of is None else instantiate(of)
 
 
-def rule_of(settings: Forget) -> Rule | None:
+def rule_of(settings: Forget | GEffects) -> Rule | None:
     """What makes the step of two gradients; None where the loss's own is formed at once."""
     if not two_gradients(settings):
         return None

@@ -15,7 +15,7 @@ from app.data import on_hub
 from app.families import Family, load_families
 from app.methods import RETAINED
 from app.places import CONFIG
-from app.settings import BYTES, OPTIMIZERS, Adapters, Forget, InheritedAdapters, Method, Training
+from app.settings import BYTES, OPTIMIZERS, Adapters, Forget, GEffects, InheritedAdapters, Method, Training
 from unlearn.io.rows import read_object
 from unlearn.io.weights import base_of, is_checkpoint, why_no_checkpoint
 from utils import processes
@@ -57,12 +57,12 @@ def count_steps(settings: Training, rows: int) -> tuple[int, int]:
     return steps, max(1, rows // size)
 
 
-def two_gradients(settings: Forget) -> bool:
+def two_gradients(settings: Forget | GEffects) -> bool:
     """Whether a step's gradients of the objective and of the retain term are kept apart."""
-    return settings.rule.name != "sum" or settings.log_conflict
+    return settings.rule.name != "sum" or (isinstance(settings, Forget) and settings.log_conflict)
 
 
-def check_rule(settings: Forget) -> None:
+def check_rule(settings: Forget | GEffects) -> None:
     """Raises ValueError where what takes a retain term has none, or its weight is given twice."""
     method, retain = settings.method, settings.retain
     if two_gradients(settings) and retain.term is None:
@@ -103,14 +103,15 @@ def check_disk(
     """Raises ValueError where the disk has no room for what the run has yet to write.
 
     That is those of its `checkpoints` that are not there, of `parameters` numbers each, and what a killed run goes on from:
-    float32 weights and the optimiser's numbers (of those that are `trained`; None: of all), twice, for a new one is written
-    before the old one goes.
+    float32 weights, the optimiser's numbers (of those that are `trained`; None: of all) and a rule's moving average, twice, for
+    a new one is written before the old one goes.
     """
     folder = Path(str(settings.save_dir))
     missing = sum(not is_checkpoint(checkpoint) for checkpoint in checkpoints)
     missing += missing > 0 and keep_last is not None  # a new one is written before an old one goes
     trained = parameters if trained is None else trained
-    state = round(parameters * BYTES["float32"] + trained * OPTIMIZERS[settings.optim].state)
+    average = BYTES["float32"] if isinstance(settings, Forget) and settings.rule.average is not None else 0
+    state = round(parameters * BYTES["float32"] + trained * (OPTIMIZERS[settings.optim].state + average))
     there = sum(file.stat().st_size for file in folder.glob("resume/**/*") if file.is_file())
     needed = missing * parameters * BYTES[settings.save_dtype] + (max(0, 2 * state - there) if missing else 0)
     free = shutil.disk_usage(nearest(folder)).free

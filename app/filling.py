@@ -12,7 +12,7 @@ from app.fields import marked
 from app.methods import choices
 from app.places import find_path
 from app.runs import saved_settings
-from app.settings import Benchmark, Common, Evaluation, GEffects, InheritedAdapters, Method, Retain, Training
+from app.settings import Benchmark, Common, Evaluation, GEffects, InheritedAdapters, Method, Retain, Rule, Training
 from unlearn.io.weights import OF_A_MODEL, other_weights, why_no_checkpoint
 from utils import be_deterministic
 
@@ -100,9 +100,11 @@ def of_run(settings: GEffects, run: Path | None) -> GEffects:
             raise ValueError(f"method is missing; there are {', '.join(choices('method'))}")
         more["method"] = Method.model_validate(saved["method"])
         more["retain"] = settings.retain or Retain.model_validate(saved["retain"])
+        more["rule"] = settings.rule or (Rule.model_validate(saved["rule"]) if "rule" in saved else default.rule)
         more["hyper_param"] = saved["hyper_param"] if settings.hyper_param is None else settings.hyper_param
     else:
         more["retain"] = settings.retain or default.retain
+        more["rule"] = settings.rule or default.rule
     return settings.model_copy(update=more)
 
 

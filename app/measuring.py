@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.checks import check_gradient, check_layer
+from app.checks import check_gradient, check_layer, check_rule
 from app.compose import compose
 from app.data import UnlearningData, data_of, unlearning_data
 from app.families import Family
@@ -112,6 +112,8 @@ def check_wanted(settings: GEffects) -> None:
     """Raises ValueError where what is asked for can't go together."""
     if settings.dtype == "float64" and settings.weights != "float32":
         raise ValueError(f"weights={settings.weights}: dtype=float64 has its weights in float64")
+    if settings.rule.name != "sum":
+        check_rule(settings)
     if settings.positions and not settings.instances:
         raise ValueError("positions=true: by position only with instances=true")
     if settings.parallel == "fsdp" and (settings.tokens or settings.sweep):
@@ -138,7 +140,7 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
     """The meter of the settings' objective and of their sweep's, on the original model."""
     import torch
 
-    from app.building import adapt, build_loss, compares, reference_of, split_up, tokenizing
+    from app.building import adapt, build_loss, compares, reference_of, rule_of, split_up, tokenizing
     from app.second import Speaker, of_measured
     from dataloader import beside_rows
     from unlearn.geffect import Meter, Target, Wanted
@@ -177,12 +179,13 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
         target=targets[0],
         risks=risks,
         pad=pad,
-        wanted=Wanted(settings.instances, settings.norms, settings.positions, settings.tokens),
+        wanted=Wanted(settings.instances, settings.norms, settings.positions, settings.tokens, settings.sweep_norms),
         sweep=dict(zip(sweep, targets[1:], strict=True)),
         bf16=bf16,
         batch_size=settings.batch_size,
         tokens_per_batch=settings.tokens_per_batch,
         offload=settings.geffect.offload,
+        rule=rule_of(settings),
         decode=lambda token: str(tokenizer.decode([token])),
     )
 
@@ -258,13 +261,14 @@ def while_unlearning(
         how: the trained model and how it is run, its budget shared.
         rows: tokenised, `forget` and held-out `retain`: of the risks.
     """
+    from app.building import rule_of
     from unlearn.geffect import GEffectCallback, Meter, Wanted
     from unlearn.geffect.parts import RISKS
 
-    wanted = settings.geffect
+    wanted, rule = settings.geffect, None if settings.rule.name == "sum" else rule_of(settings)
     risks = dict(zip(RISKS, (rows["forget"], rows["retain"]), strict=True))
     parts = Wanted(instances=wanted.instances, norms=wanted.norms)
-    meter = Meter(how.model, target, risks, how.pad, parts, bf16=how.bf16, offload=wanted.offload)
+    meter = Meter(how.model, target, risks, how.pad, parts, bf16=how.bf16, offload=wanted.offload, rule=rule)
     meter.budget = how.budget
     return GEffectCallback(meter, wanted.every, folder / "geffect", wanted.monitor)
 

@@ -118,6 +118,7 @@ def work_of(settings: Common, family: Family) -> Work:
         norms = settings.norms if isinstance(settings, GEffects) else settings.geffect.norms
         work |= {"retain": retain, "reference": compares(settings.method, settings.retain), "norms": norms}
         work |= {"offload": settings.geffect.offload, "before": settings.method.negate is not None}
+        work["ruled"] = settings.rule.name != "sum"
         work["tapped"] = settings.instances if isinstance(settings, GEffects) else settings.geffect.instances
     return Work(**work)
 

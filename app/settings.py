@@ -315,10 +315,12 @@ class GEffects(Common):
     sweep: list[Any] | Literal["all"] | None = setting(
         None, "also the totals of other objectives, in one pass: [ga,wga:5,npo_kl:0.1,rmu_7:2]; all: every one", may_differ=True
     )
+    sweep_norms: bool = setting(False, "also norm and cosines of each of a sweep: a backward pass for each", may_differ=True)
     trainable: str | None = setting(None, f"{ONLY}; null: the run's", inherited=True)
     geffect: OfCheckpoints = OfCheckpoints()
     LoRA: InheritedAdapters = InheritedAdapters()
     retain: Retain = setting(None, "config/retain; null: the run's")
+    rule: Rule = setting(None, "config/rule, also the G-effects of its step; null: the run's")
     method: Method = setting(None, "config/method; null: the run's")
 
 

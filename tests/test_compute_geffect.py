@@ -296,6 +296,25 @@ def test_a_sweep_is_added_to(place: Path, everything: Path, tmp_path: Path) -> N
     pd.testing.assert_frame_equal(kept, old, rtol=1e-5)
     for name in ("tokens", "positions"):
         pd.testing.assert_frame_equal(table(tmp_path / "geffect", name), before[name])
+    measure(place, f"{LAST} save_dir={tmp_path} sweep=[ga,wga:5] sweep_norms=true")
+    lines, steps = (table(tmp_path / "geffect", name) for name in ("sweep", "steps"))
+    with_norms = lines[lines["objective_norm"].notna()]
+    assert set(zip(with_norms["method"], with_norms["hyper_param"].fillna(0), strict=True)) == {("ga", 0), ("wga", 5)}
+    norms = dict(zip(steps["risk"], steps["risk_norm"], strict=True))
+    cosines = with_norms["geffect"] / with_norms["objective_norm"] / with_norms["risk"].map(norms)
+    assert with_norms["cosine"].tolist() == pytest.approx(cosines.tolist())
+
+
+def test_what_a_gradient_rule_would_do(place: Path, everything: Path, tmp_path: Path) -> None:
+    """Asked of a run without one; the prediction is then of the rule's step."""
+    measure(place, f"model_path_cur={RUN} save_dir={tmp_path} instances=false rule=pcgrad")
+    ruled, plain = (table(folder, "steps") for folder in (tmp_path / "geffect", place / RUN / "geffect"))
+    assert ruled["geffect"].tolist() == pytest.approx(plain["geffect"].tolist(), rel=1e-4)
+    assert (ruled["rule_geffect"] - ruled["geffect"]).abs().max() > 0
+    foretold = table(tmp_path / "geffect", "prediction").set_index(["step", "risk"])["minus_lr_geffect"]
+    rates = {line["step"]: line["learning_rate"] for line in map(json.loads, (place / RUN / "logs/train.jsonl").open())}
+    of_steps = ruled.set_index(["step", "risk"])["rule_geffect"]
+    assert foretold[5, "retain"] == pytest.approx(-rates[6] * of_steps[5, "retain"])
 
 
 def test_two_processes_measure_the_same(place: Path, tmp_path: Path, everything: Path) -> None:
@@ -327,6 +346,7 @@ def test_what_a_user_gets_wrong(
         f"model_path_cur={RUN} dtype=float64 weights=bfloat16 save_dir={tmp_path}": ["weights=bfloat16"],
         f"model_path_cur={RUN} instances=false positions=true save_dir={tmp_path}": ["positions=true"],
         f"model_path_cur={RUN} retain_holdout=41 save_dir={tmp_path}": ["retain_holdout=41", "held out 40"],
+        f"model_path_cur={RUN} retain=none rule=gru save_dir={tmp_path}": ["rule=gru", "retain=none", "gd|"],
         f"model_path_cur={RUN} lr=1": ["unknown key 'lr'", "model_path_cur"],
     }
     for line, words in cases.items():

@@ -306,6 +306,17 @@ def test_every_objective_is_a_point_with_its_name(drawn: dict[str, Figure], fold
     assert upper.get_height() >= 0
 
 
+def test_cosines_are_drawn_of_the_objectives_that_have_them(folder: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(folder / "sweep.csv")
+    assert "objectives_cosines" not in figures_of(folder)
+    table["cosine"] = np.where(table["method"] == "wga", np.linspace(-1, 1, len(table)), np.nan)
+    [axes] = figures_of(write(tmp_path, {"sweep.csv": table}))["objectives_cosines"].axes
+    assert {text.get_text() for text in axes.texts} == {"wga 5", "wga 1"}
+    last = table.query("step == step.max() and method == 'wga'").sort_values("hyper_param")
+    points = {tuple(point) for line in axes.lines if line.get_marker() not in ("", "None") for point in points_of(line)}
+    assert points == set(zip(*(last[last["risk"] == risk]["cosine"] for risk in ("unlearn", "retain")), strict=True))
+
+
 def test_objectives_over_the_steps(drawn: dict[str, Figure], folder: Path) -> None:
     table = pd.read_csv(folder / "sweep.csv")
     for axes, risk in zip(drawn["objectives_steps"].axes, ("unlearn", "retain"), strict=True):

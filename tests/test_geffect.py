@@ -39,6 +39,7 @@ from unlearn.objectives.loss import Loss
 from unlearn.objectives.rows import Row, collate
 from unlearn.objectives.tokens import IGNORE
 from unlearn.passes.batches import set_batches
+from unlearn.training.rules import Rule, blur, gru, pcgrad, sago
 
 pytestmark = pytest.mark.usefixtures("float64_throughout")
 
@@ -475,6 +476,22 @@ def test_the_update_effect_of_a_plain_step(kind: str) -> None:
     assert list(update["updates"]["module"]) == list(tables["layers"]["module"])
     assert_close(update["totals"]["update_effect"], -1e-3 * tables["steps"]["geffect"])
     assert_close(update["updates"]["update_effect"], -1e-3 * tables["layers"]["geffect"])
+
+
+@pytest.mark.parametrize("rule", [pcgrad, partial(pcgrad, by_tensor=True), gru, blur, sago])
+def test_a_gradient_rules_own_effects(rule: Any) -> None:
+    """Of the step that it makes of the two gradients, the retain term's with its weight; the loss's are as without."""
+    model, reference = shared_pair("llama")
+    target = target_of("npo", reference, "gd")
+    measured = meter_of(model, target, Wanted(instances=False), rule=Rule(rule)).measure()["steps"]
+    parameters = dict(model.named_parameters())
+    forget = gradient(slow_objective("npo", model, reference), parameters)
+    retain = gradient(0.3 * torch.stack([slow_retain("gd", model, reference, row) for row in BESIDE]).sum(), parameters)
+    step = dict(rule(forget, retain))
+    v = [slow_risk(model, parameters, RISK_ROWS[risk]) for risk in RISKS]
+    assert_close(measured["rule_geffect"], [sum(float((step[name] * of[name]).sum()) for name in step) for of in v])
+    without = meter_of(model, target, Wanted(instances=False)).measure()["steps"]
+    pd.testing.assert_frame_equal(measured.drop(columns="rule_geffect"), without)
 
 
 def test_measuring_again_after_the_weights_changed() -> None:

@@ -248,8 +248,9 @@ def test_several_references_and_refusals_come_apart() -> None:
         ("jensun", 1.0): Target(replace(jensun.loss, refusal=torch.tensor([7])), jensun.forget),
     }
     assert [list(one.targets) for one in sharing.shared(list(targets.values()))] == [[0, 2], [1, 3]]
-    swept = meter_of(model, undial, Wanted(instances=False), sweep=targets).measure()["sweep"]
+    swept = meter_of(model, undial, Wanted(instances=False, sweep_norms=True), sweep=targets).measure()["sweep"]
     for (method, number), target in targets.items():
         alone = meter_of(model, target, Wanted(instances=False)).measure()["steps"]
         here = swept[(swept["method"] == method) & (swept["hyper_param"] == number)]
-        assert_close(here["geffect"], alone["geffect"])
+        for column in ("geffect", "cosine", "objective_norm"):
+            assert_close(here[column], alone[column])

@@ -33,7 +33,7 @@ from transformers import (
 
 from unlearn.geffect.meter import Meter
 from unlearn.geffect.monitor import Monitor, keep
-from unlearn.geffect.parts import RISKS
+from unlearn.geffect.parts import RISKS, foretelling
 from unlearn.geffect.tables import TableFolder, Tables
 from unlearn.geffect.target import Target, Wanted
 from unlearn.models.checkpoints import pad_id
@@ -225,7 +225,7 @@ class GEffectCallback(TrainerCallback):
             tables |= with_update(tables, self.meter)
             steps = tables["steps"]
             change = [after - before for after, before in zip(self.meter.risk_values(), steps["risk_value"], strict=True)]
-            told = {"minus_lr_geffect": -self.lr * steps["geffect"], "update_effect": steps["update_effect"]}
+            told = {"minus_lr_geffect": -self.lr * foretelling(steps), "update_effect": steps["update_effect"]}
             columns = {"next_step": state.global_step, "risk": RISKS, **told, "risk_change": change}
             self.store.put(state.global_step - 1, tables | {"prediction": pd.DataFrame(columns)})
 

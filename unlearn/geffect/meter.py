@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,14 +22,17 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unlearn.geffect.agreement import Agreement
 from unlearn.geffect.parts import (
     RISKS,
     by_module,
     by_position,
     by_site,
-    check_finite,
+    cosine,
     instance_table,
+    steps_table,
     sums_of,
+    sweep_table,
     token_rows,
     token_table,
 )
@@ -58,14 +61,11 @@ from unlearn.objectives.loss import Loss
 from unlearn.objectives.rows import Row, collate, seconds
 from unlearn.passes.batches import Batch, anew, on, over_processes, set_batches
 from unlearn.passes.sizes import Budget, Size
+from unlearn.training.rules import Rule
 
 RISK = Loss(objective=mean_nll)  # R: the token-mean cross-entropy of a whole set
 PARTS = {"layers", "instances", "positions", "tokens"}  # the tables that add up to the totals
-WITHOUT = {"positions": "positions=false", "tokens": "tokens=false", "forward-mode pass": "a measurement without a sweep"}
-# Of parts against the whole, and of the tap against the gradient; else 5e-2.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 ENOUGH = 8  # tokens of a row that the modules are looked at with
-IN_PARTS = 1e-5  # where only parts of a float64 model are in float32
 
 
 @dataclass
@@ -81,6 +81,8 @@ class Meter:
         tokens_per_batch: tokens of a batch at most, its padding counted; None: on a GPU what its free memory holds.
         decode: token id to text, for the table of tokens.
         offload: keep the risks' gradients V in CPU memory, from where each module's is fetched when it is needed.
+        rule: what makes the step of the objective's and the retain term's gradients, where that is not their sum; `steps` then
+            has `rule_geffect` too.
     """
 
     model: PreTrainedModel
@@ -94,6 +96,7 @@ class Meter:
     decode: Callable[[int], str] = str
     offload: bool = False
     tokens_per_batch: int | None = None
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         if self.wanted.positions and not self.wanted.instances:
@@ -130,18 +133,20 @@ class Meter:
         with put_back(self.model), self.trained(True), self._references():
             values = self.risk_gradients()
             if not self.sites:
-                self.precision = self._precision()
+                self.check = Agreement(self.model, self._precision())
                 self.sites = self._find_sites()
             if self.wanted.instances and not self.wanted.norms:
                 self._check_one_row()
             tables = self.tapped() if self.wanted.instances else self.plain()
             tables["steps"] = tables["steps"].assign(risk_value=[values[risk] for risk in RISKS], update_effect=math.nan)
+            if self.rule is not None:
+                tables["steps"] = tables["steps"].assign(rule_geffect=self._ruled(self.rule))
             if self.wanted.tokens:
                 tables["tokens"] = self.by_token()
             if self.sweep:
                 tables["sweep"] = self.swept(tables["steps"])
         for name in PARTS & tables.keys():
-            self._check_parts(name, tables[name], tables["steps"])
+            self.check.parts(name, tables[name], tables["steps"])
         return tables
 
     def start_update(self) -> None:
@@ -254,7 +259,7 @@ class Meter:
                 self._backward(tap, on(batch, self.model.device))
             products, *norms = sums.tolist()
             scale = [math.sqrt(g * v) for g, v in zip(*norms, strict=True)]
-            self._check_tap(tap.effects.sum((0, 1)).tolist(), products, scale)
+            self.check.tap(tap.effects.sum((0, 1)).tolist(), products, scale)
 
     def _backward(self, tap: Tap, batch: Batch) -> None:
         with tap.batch(batch):
@@ -284,10 +289,10 @@ class Meter:
             over_processes([*tap.tables(), *sums.values()])
             by_instance = tap.effects.sum(1)  # (rows, D)
             totals = by_instance.sum(0).tolist()
-            tables = {"steps": self._steps(totals, sums)}
+            tables = {"steps": steps_table(totals, self._norm(sums), self.risk_norms())}
             if sums:
                 scale = list(tables["steps"]["objective_norm"] * tables["steps"]["risk_norm"])
-                self._check_tap(totals, sums_of(self._dots(sums)), scale)
+                self.check.tap(totals, sums_of(self._dots(sums)), scale)
         tables["layers"] = by_site(self.sites, tap.effects.sum(0).tolist())
         tables["instances"] = instance_table(by_instance, len(forget))
         if tap.positions is not None:
@@ -299,7 +304,16 @@ class Meter:
         with summed(self.parameters) as sums:
             self._sum_up(self.target, "G-effects", sums)
             products = self._dots(sums)
-            return {"steps": self._steps(sums_of(products), sums), "layers": by_module(self.sites, products, "geffect")}
+            steps = steps_table(sums_of(products), self._norm(sums), self.risk_norms())
+            return {"steps": steps, "layers": by_module(self.sites, products, "geffect")}
+
+    def _ruled(self, rule: Rule) -> list[float]:
+        """<d, V>, d being what the rule makes of the two gradients over their whole sets; for a moving average stands g_r."""
+        with summed(self.parameters) as forget, summed(self.parameters) as retain:
+            self._sum_up(replace(self.target, retain=()), "gradient of the objective", forget)
+            self._sum_up(replace(self.target, forget=()), "gradient of the retain term", retain)
+            found = read_all([dots(d, self.directions[name]) for name, d in rule.combine(forget, retain)], self.sharded)
+        return [math.fsum(found[d :: len(RISKS)]) for d in range(len(RISKS))]
 
     def _shares(self, targets: Sequence[Target]) -> Iterator[tuple[int, Batch, Tensor, Tensor]]:
         """For each target and batch of it: the target's number, the batch, the tokens' losses (M,), their shares (D, M).
@@ -311,7 +325,7 @@ class Meter:
 
     def swept(self, steps: pd.DataFrame | None = None) -> pd.DataFrame:
         """The totals of each target of the sweep; those of `target`, from the same passes, must be the ones in `steps`."""
-        names, targets = list(self.sweep), [*self.sweep.values(), self.target]
+        targets = [*self.sweep.values(), self.target]
         totals = torch.zeros((len(targets), len(RISKS)), dtype=torch.float64, device=self.model.device)
         with evaluating(self.model, checkpointing=False):
             for i, _, _, shares in self._shares(targets):
@@ -319,10 +333,19 @@ class Meter:
         over_processes([totals])
         if steps is not None:
             own = pd.DataFrame({"risk": RISKS, "geffect": totals[-1].tolist()})
-            self._check_parts("forward-mode pass", own, steps)
-        rows = [(risk, *name, totals[i, d].item()) for i, name in enumerate(names) for d, risk in enumerate(RISKS)]
-        check_finite([row[-1] for row in rows])
-        return pd.DataFrame(rows, columns=["risk", "method", "hyper_param", "geffect"])
+            self.check.parts("forward-mode pass", own, steps)
+        table = sweep_table(list(self.sweep), totals[:-1].tolist())
+        return self._with_cosines(table) if self.wanted.sweep_norms else table
+
+    def _with_cosines(self, sweep: pd.DataFrame) -> pd.DataFrame:
+        """The sweep's table with the norm of each objective's gradient, a backward pass for each, and so the cosines."""
+        norms: list[float] = []
+        for (method, _), target in self.sweep.items():
+            with summed(self.parameters) as sums:
+                self._sum_up(target, f"gradient of {method}", sums)
+                norms += [self._norm(sums)] * len(RISKS)
+        columns = zip(sweep["geffect"], norms, self.risk_norms() * len(self.sweep), strict=True)
+        return sweep.assign(cosine=[cosine(*numbers) for numbers in columns], objective_norm=norms)
 
     def by_token(self) -> pd.DataFrame:
         """Each label token's share; all that the retain rows add is one more row, with neither row nor position."""
@@ -349,44 +372,6 @@ class Meter:
         found = read_all([squares(v, self.model.device) for v in self.directions.values()], self.sharded)
         return [math.sqrt(math.fsum(found[d :: len(RISKS)])) for d in range(len(RISKS))]
 
-    def _steps(self, totals: list[float], gradient: Vectors) -> pd.DataFrame:
-        check_finite(totals)
-        risk_norms, of_each = self.risk_norms(), read_all([dot(g, g) for g in gradient.values()], self.sharded)
-        norm = math.sqrt(math.fsum(of_each)) if gradient else math.nan
-        cosines = [e / (norm * r) if norm * r else math.nan for e, r in zip(totals, risk_norms, strict=True)]
-        columns = {"risk": RISKS, "geffect": totals, "cosine": cosines, "objective_norm": norm, "risk_norm": risk_norms}
-        return pd.DataFrame(columns)
-
-    def _bound(self) -> float:
-        """How far, relative to the product of the norms, rounding alone can take two ways to one number apart."""
-        if (self.model.dtype, self.precision) == (torch.float64, torch.float32):
-            return IN_PARTS
-        return TOLERANCE.get(self.precision, 5e-2)
-
-    def _check_tap(self, totals: Sequence[float], plain_totals: Sequence[float], scale: Sequence[float]) -> None:
-        """The gradient itself, where it is there, must give the same totals: else some weight is used past its module.
-
-        Args:
-            scale: the product of the norms.
-        """
-        bound = self._bound()
-        for tapped, plain, norms in zip(totals, plain_totals, scale, strict=True):
-            if abs(tapped - plain) > bound * norms:
-                raise ValueError(
-                    f"{type(self.model).__name__}: the tapped pass gives {tapped:.6g}, the whole gradient {plain:.6g}: a weight"
-                    " is used other than by calling its module (instances=false does without the tap)"
-                )
-
-    def _check_parts(self, name: str, parts: pd.DataFrame, steps: pd.DataFrame) -> None:
-        """Parts add up to the totals: else a path through the model was dropped, or counted twice."""
-        bound = self._bound()
-        for total in steps.itertuples():
-            values = parts.loc[parts["risk"] == total.risk, "geffect"]
-            norms = total.objective_norm * total.risk_norm
-            scale = values.abs().sum() if math.isnan(norms) else norms
-            if not abs(values.sum() - total.geffect) <= bound * scale:
-                raise ValueError(
-                    f"{type(self.model).__name__}: the G-effects on the {total.risk} risk by {name} add up to"
-                    f" {values.sum():.6g}, and the total is {total.geffect:.6g}: an operation of the model can't be taken apart"
-                    f" so ({WITHOUT.get(name, 'instances=false')} does without)"
-                )
+    def _norm(self, gradient: Vectors) -> float:
+        squared = read_all([dot(g, g) for g in gradient.values()], self.sharded)
+        return math.sqrt(math.fsum(squared)) if squared else math.nan

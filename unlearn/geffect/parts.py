@@ -56,6 +56,33 @@ def sums_of(values: Mapping[str, list[float]]) -> list[float]:
     return [math.fsum(numbers[d] for numbers in values.values()) for d in range(len(RISKS))]
 
 
+def steps_table(totals: Sequence[float], norm: float, risk_norms: Sequence[float]) -> pd.DataFrame:
+    """Raises FloatingPointError where a total is not finite."""
+    check_finite(totals)
+    cosines = [cosine(e, norm, r) for e, r in zip(totals, risk_norms, strict=True)]
+    columns = {"risk": RISKS, "geffect": totals, "cosine": cosines, "objective_norm": norm, "risk_norm": risk_norms}
+    return pd.DataFrame(columns)
+
+
+def sweep_table(names: Sequence[tuple[str, float | None]], totals: Sequence[Sequence[float]]) -> pd.DataFrame:
+    """Of each objective's totals (D,). Raises FloatingPointError where one is not finite."""
+    pairs = zip(names, totals, strict=True)
+    rows = [(risk, *name, e) for name, effects in pairs for risk, e in zip(RISKS, effects, strict=True)]
+    check_finite([row[-1] for row in rows])
+    return pd.DataFrame(rows, columns=["risk", "method", "hyper_param", "geffect"])
+
+
+def foretelling(steps: pd.DataFrame) -> pd.Series[float]:
+    """The G-effects of the direction that training follows: of the rule's step where there is one, else of the loss."""
+    return steps["rule_geffect"].fillna(steps["geffect"]) if "rule_geffect" in steps else steps["geffect"]
+
+
+def cosine(product: float, *norms: float) -> float:
+    """Of two vectors, from their inner product and their norms; not a number where one of these is 0."""
+    scale = math.prod(norms)
+    return product / scale if scale else math.nan
+
+
 def check_finite(values: Sequence[float]) -> None:
     if not all(map(math.isfinite, values)):
         raise FloatingPointError(f"the G-effects {', '.join(map(str, values))} are not finite")

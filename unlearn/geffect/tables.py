@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from accelerate import PartialState
 
+from unlearn.geffect.parts import foretelling
 from unlearn.io.files import write_whole, written_beside
 
 Tables = dict[str, pd.DataFrame]
@@ -35,8 +36,10 @@ class TableFolder:
         """Which steps the table has."""
         return set(self.tables[name]["step"]) if name in self.tables else set()
 
-    def has(self, step: int, names: Sequence[str], sweep: Sequence[tuple[str, float | None]] = ()) -> bool:
-        """Whether the step stands in all these tables, with all of this sweep."""
+    def has(
+        self, step: int, names: Sequence[str], sweep: Sequence[tuple[str, float | None]] = (), sweep_norms: bool = False
+    ) -> bool:
+        """Whether the step stands in all these tables, with all of this sweep (and the norms of its gradients)."""
         if not all(step in self.steps(name) for name in ("steps", *names)):
             return False
         if not sweep:
@@ -45,6 +48,8 @@ class TableFolder:
             return False
         table = self.tables["sweep"]
         there = table[table["step"] == step]
+        if sweep_norms:
+            there = there[there["objective_norm"].notna()] if "objective_norm" in there else there[:0]
         return set(sweep) <= {
             (m, None if pd.isna(h) else h) for m, h in zip(there["method"], there["hyper_param"], strict=True)
         }
@@ -118,11 +123,11 @@ def predictions(steps: pd.DataFrame, order: Sequence[int], lrs: Mapping[int, flo
         lrs: the learning rate of each training step; -lr e is summed over those between, nan where one is not known.
     """
     rows = []
-    for risk, table in steps.groupby("risk", sort=False):
+    for risk, table in steps.assign(foretells=foretelling(steps)).groupby("risk", sort=False):
         measured = {line.step: line for line in table.itertuples()}
         for now, then in zip(order, order[1:], strict=False):
             if now in measured and then in measured:
                 lr = sum(lrs.get(step, float("nan")) for step in range(now + 1, then + 1))
                 change = measured[then].risk_value - measured[now].risk_value
-                rows.append((now, then, risk, -lr * measured[now].geffect, measured[now].update_effect, change))
+                rows.append((now, then, risk, -lr * measured[now].foretells, measured[now].update_effect, change))
     return pd.DataFrame(rows, columns=["step", "next_step", "risk", "minus_lr_geffect", "update_effect", "risk_change"])

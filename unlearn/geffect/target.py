@@ -28,12 +28,14 @@ class Wanted:
         norms: with instances also the norm of L's gradient, and so the cosines: one more copy of the model.
         positions: by the position where the activation sits, prompts included, and layer; needs `instances`.
         tokens: by label token, in one forward-mode pass.
+        sweep_norms: with a sweep the norm of each of its objectives' gradients, and so the cosines: a backward pass for each.
     """
 
     instances: bool = True
     norms: bool = True
     positions: bool = False
     tokens: bool = False
+    sweep_norms: bool = False
 
 
 def check_labels(targets: Sequence[Target], risks: Mapping[str, Sequence[Row]]) -> None:

@@ -98,6 +98,7 @@ class Work:
         checkpoints: how many the run leaves; `saved`: bytes a number in them; `merged`: with adapters also the whole model.
         gradients: how many are kept apart in a step; `average`: and a moving average of one.
         tapped, norms, offload: of the G-effects: by the tapped pass; with the gradient's norm; V in CPU memory.
+        ruled: of the G-effects: also those of a gradient rule's step.
     """
 
     rows: int
@@ -122,6 +123,7 @@ class Work:
     offload: bool = False
     gradients: int = 1
     average: bool = False
+    ruled: bool = False
     accumulated: int = 1
     later: int | None = None
     buckets: bool = False
@@ -340,6 +342,9 @@ def measuring(shape: Shape, work: Work, optimizer: bool) -> Need:
         sums = {"sum in float32": FULL * p / work.shards} if summed else {}
         found = passing(shape, work, MEASURED_ROWS, work.tokens, work.labels / work.tokens, tapped)
         moments += [sums | moment for moment in found]
+    if work.ruled:
+        found = passing(shape, work, MEASURED_ROWS, work.tokens, work.labels / work.tokens, tapped=False)
+        moments += [{"two sums in float32": 2 * FULL * p / work.shards} | moment for moment in found]
     memory |= largest_of(moments)
     return Need("G-effects", memory, {}, 1 if work.gpu else FRAGMENTS)
 

@@ -12,7 +12,7 @@ with `geffect/` inside. What a figure needs and the tables lack leaves that figu
     monitor      every step's gradient and update along the risks' gradients, beside the measured ones
     prediction   the change of risk that was measured, beside the update effect and -lr e
     sweep        e_u and e_r of each method at each hyper-parameter; `objectives`, e_r against e_u, a point for each, and
-                 `objectives_steps`, both over the steps
+                 `objectives_steps`, both over the steps; `objectives_cosines`, where they were measured
 
 e = <grad L, grad R> is in (nats/token)^2 where the objective L is in nats per token, as the risks R are; weights have
 no unit. Values that are not finite are left out and counted, or grey. Tables are data frames as `read` returns them.
@@ -112,6 +112,7 @@ def make_figures(tables: dict[str, DataFrame], rows: Sequence[int] | None = None
         "sweep": draw_sweep(table["sweep.csv"], step),
         "objectives": draw_objectives(table["sweep.csv"], step),
         "objectives_steps": draw_objectives_over_steps(table["sweep.csv"]),
+        "objectives_cosines": draw_objectives(table["sweep.csv"], step, "cosine"),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
 

@@ -27,6 +27,8 @@ def draw_objectives(table: DataFrame, step: int | None, value: str = "geffect") 
 
     In the green quarter a step raises the unlearn risk and does not raise the retain risk.
     """
+    if value == "cosine":
+        table = table.dropna(subset=["cosine"]) if "cosine" in table else DataFrame()
     points = plane(at_step(table, step), value) if risks_of(table) == list(RISKS) else DataFrame()
     if len(points) < 2:
         return None

@@ -18,6 +18,7 @@ class Columns(NamedTuple):
     keys: tuple[str, ...]
     values: tuple[str, ...]
     texts: tuple[str, ...] = ("risk", "layer", "module", "method", "token")  # the others are numbers
+    optional: tuple[str, ...] = ()  # values that a table may lack
 
 
 TABLES = {
@@ -28,7 +29,7 @@ TABLES = {
     "tokens.parquet": Columns(("step", "risk", "row", "position"), ("token", "loss", "geffect")),
     "monitor.csv": Columns(("step", "risk"), ("gradient", "update")),
     "prediction.csv": Columns(("step", "risk"), ("minus_lr_geffect", "update_effect", "risk_change")),
-    "sweep.csv": Columns(("step", "risk", "method", "hyper_param"), ("geffect",)),
+    "sweep.csv": Columns(("step", "risk", "method", "hyper_param"), ("geffect",), optional=("cosine",)),
 }
 
 
@@ -62,6 +63,7 @@ def read(file: Path) -> DataFrame:
             raise ValueError(f"it lacks the columns {', '.join(lacking)}")
         if file.name == "tokens.parquet":
             table = table.dropna(subset=["row"])  # what the retain rows add is no text of a forget row
+        wanted += [name for name in columns.optional if name in table.columns]
         return checked(table[wanted].copy(), columns)
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{file}: not a table to draw from ({' '.join(str(error).split())})") from error
