@@ -7,10 +7,13 @@ of the tap (layers x instances) and of the forward-mode pass; with all weights a
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT, run_in
 from test_geffect import BESIDE, FORGET, PAD, RISK_ROWS, build, random_rows
 from torch import Tensor
 
@@ -53,9 +56,9 @@ def answered(rows: list[Row], several: bool) -> list[Row]:
     return [found[0] | {"second": others[-3:]}, *found[1:]] if several else found
 
 
-def models(lora: bool) -> tuple[Any, Any]:
+def models(lora: bool, kind: str = "llama") -> tuple[Any, Any]:
     """A model and what it is compared with: another, or itself without its adapters."""
-    model = build("llama")
+    model = build(kind)
     reference = copy.deepcopy(model).requires_grad_(False)
     if lora:
         add_lora(model, LoRA(r=2, alpha=4, dropout=0.0), 0, "nowhere")
@@ -68,12 +71,12 @@ def models(lora: bool) -> tuple[Any, Any]:
     return model, reference
 
 
-def target_of(method: str, term: str | None, lora: bool, several: bool = False) -> tuple[Any, Target]:
+def target_of(method: str, term: str | None, lora: bool, several: bool = False, kind: str = "llama") -> tuple[Any, Target]:
     settings = settings_of(method, term)
-    model, reference = models(lora)
+    model, reference = models(lora, kind)
     kept = reference if compares(settings.method, settings.retain) else None
     loss = build_loss(settings.method, settings.retain, 0, model, kept, Refuser())  # type: ignore[arg-type]
-    frozen = reference if not has_adapters(reference) else models(False)[1]
+    frozen = reference if not has_adapters(reference) else models(False, kind)[1]
     how = Pass(frozen, PAD, 2)
     kinds = ((settings.method, FORGET), (settings.retain, BESIDE))
     forget, beside = (with_ref_nll(how, answered(rows, several) if "second" in needs(group) else rows) for group, rows in kinds)
@@ -133,3 +136,17 @@ def test_tap_and_forward_mode_are_the_plain_way(method: str, term: str | None, s
         norms = tables["steps"]["objective_norm"] * tables["steps"]["risk_norm"]
         values = torch.tensor([found[risk] for risk in RISKS], dtype=torch.float64)
         assert ((values - want).abs() <= 1e-9 * torch.tensor(norms.tolist())).all(), name
+
+
+# ---- two processes ----
+
+
+@pytest.mark.several_processes
+@pytest.mark.parametrize("trained", ["weights", pytest.param("adapters", marks=pytest.mark.slow)])
+def test_two_processes_form_the_same(tmp_path: Path, trained: str) -> None:
+    """The plain G-effects, the forward-mode ones, and the step that training makes, each process with its rows."""
+    script = ROOT / "tests" / "all_in_two_processes.py"
+    out = run_in(ROOT, f"torchrun --standalone --nproc_per_node=2 {script} {tmp_path} {trained}").stdout
+    found: dict[str, list[float]] = json.loads(out.splitlines()[-1])
+    assert list(found) == [f"{method} {term}" for method, term in CASES]
+    assert {name: off for name, off in found.items() if max(off) > 1e-9} == {}
