@@ -125,7 +125,7 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{TOFU} ds_size=0", ["ds_size=0", "whole number of at least 1"]),
     # a method's layer, told from the checkpoint's config.json
     (f"{GA} method=rmu method.layer=5", ["method.layer=5", "model", "0 (its embeddings) to 4"]),
-    (f"{GA} method=rmu", ["method.layer=7", "0 (its embeddings) to 4"]),
+    (f"{GA} method=rmu", ["method.layer=8", "0 (its embeddings) to 4"]),
     (f"{GA} method=rmu method.layer=-1", ["method.layer=-1", "whole number of at least 0"]),
     (f"{GA} method=rmu method.layer=1.5", ["method.layer=1.5", "whole number of at least 0"]),
     # folders
