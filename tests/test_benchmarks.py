@@ -202,6 +202,19 @@ def test_a_sweeps_cost_is_beside_one_objectives_and_the_plain_way(young: Path, t
     assert [(target["sign"], target["bound"]) for target in numbers["targets"]] == [("<=", 1.3), ("<=", 1.3), (">=", 12)]
 
 
+def test_batches_of_any_size_are_raced(young: Path, tmp_path: Path) -> None:
+    out = tmp_path / "batches.md"
+    words = f"model_family=tiny split=forget05 model_path={young}"
+    run_in(ROOT, f"python benchmarks/batches.py --rows=20 --rounds=1 --out={out} {words}")
+    page, cases = out.read_text(), json.loads(out.with_suffix(".json").read_text())["cases"]
+    assert [cases[f"{rows} rows"]["batches"] for rows in (4, 8, 16, 32)] == [10, 6, 4, 2]
+    assert cases["16 rows"]["beside"]["values"] == [1.0]
+    for name, case in cases.items():
+        assert f"\n| {name} | {case['batches']} | " in page
+        assert 0 <= case["padding"] < 1
+        assert case["seconds"]["min"] > 0
+
+
 # ---- the scores ----
 
 
