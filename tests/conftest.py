@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import wraps
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,14 @@ def run_in(folder: Path, command: str, check: bool = True, fresh: bool = False) 
     """Run a command line in `folder` as typed, `python` and `torchrun` being those of this environment (see `devices`).
 
     Args:
-        fresh: start a new interpreter also where a fork would do.
+        fresh: start a new interpreter, or torchrun, also where forks would do.
     """
     words = shlex.split(command)
     env = devices.of_command(os.environ, words, commands_on_cpu) | {"HF_HUB_OFFLINE": "1"}
-    if words[0] == "python" and words[1].endswith(".py") and not fresh:
-        done = run_script(folder, words[1:], env)
+    options = list(takewhile(lambda word: word.startswith("--"), words[1:]))
+    script = words[1 + len(options) :]
+    if not fresh and script[0].endswith(".py"):
+        done = run_script(folder, script, env, devices.processes(words) if words[0] == "torchrun" else None)
     else:
         program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
         done = subprocess.run([*program, *words[1:]], cwd=folder, capture_output=True, text=True, env=env)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+from multiprocessing.connection import wait
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -27,16 +29,41 @@ FORKS.set_forkserver_preload(
 )
 
 
-def run_script(folder: Path, words: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run([python, *words], cwd=folder, env=env)` gives, both outputs captured."""
+def run_script(folder: Path, words: list[str], env: dict[str, str], n: int | None = None) -> subprocess.CompletedProcess[str]:
+    """What `subprocess.run([python, *words], cwd=folder, env=env)` gives, both outputs captured.
+
+    Args:
+        n: as many processes, as torchrun starts them on one machine: where one fails the others are stopped, and the exit code
+            is 1.
+    """
+    ranks: list[dict[str, str]] = [{}]
+    if n is not None:
+        ranks = of_ranks(n)
     with tempfile.TemporaryDirectory() as said:
         outputs = [Path(said, name) for name in ("stdout", "stderr")]
-        process = FORKS.Process(target=_script, args=(folder, words, env, outputs))
-        process.start()
-        process.join()
+        started = [FORKS.Process(target=_script, args=(folder, words, env | rank, outputs)) for rank in ranks]
+        for process in started:
+            process.start()
+        running = {process.sentinel: process for process in started}
+        while running:
+            for sentinel in wait(list(running)):
+                ended = running.pop(sentinel)  # type: ignore[call-overload]
+                ended.join()
+                if ended.exitcode:
+                    for other in running.values():
+                        other.terminate()
         out, err = (file.read_text() if file.exists() else "" for file in outputs)
-    assert process.exitcode is not None
-    return subprocess.CompletedProcess(words, process.exitcode, out, err)
+    code = started[0].exitcode if n is None else int(any(process.exitcode for process in started))
+    assert code is not None
+    return subprocess.CompletedProcess(words, code, out, err)
+
+
+def of_ranks(n: int) -> list[dict[str, str]]:
+    """What torchrun tells each process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+    return [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
 
 
 def _script(folder: Path, words: list[str], env: dict[str, str], outputs: list[Path]) -> None:

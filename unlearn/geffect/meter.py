@@ -134,9 +134,10 @@ class Meter:
             values = self.risk_gradients()
             if not self.sites:
                 self.check = Agreement(self.model, self._precision())
-                self.sites = self._find_sites()
-            if self.wanted.instances and not self.wanted.norms:
-                self._check_one_row()
+                sites = self._find_sites()
+                if self.wanted.instances and not self.wanted.norms:
+                    self._check_one_row(sites)
+                self.sites = sites
             tables = self.tapped() if self.wanted.instances else self.plain()
             tables["steps"] = tables["steps"].assign(risk_value=[values[risk] for risk in RISKS], update_effect=math.nan)
             if self.rule is not None:
@@ -245,8 +246,8 @@ class Meter:
         with evaluating(self.model), self._autocast():
             return find_sites(self.model, self.parameters, self.directions, on(row, self.model.device))
 
-    def _check_one_row(self) -> None:
-        """Where no gradient of the whole loss is formed, the tap is checked on a row."""
+    def _check_one_row(self, sites: list[Site]) -> None:
+        """Where no gradient of the whole loss is formed, the tap is checked once, on a row."""
         sums = torch.zeros((3, len(RISKS)), dtype=torch.float64, device=self.model.device)  # with V, and both squared
 
         def take(name: str, gradient: Tensor) -> None:
@@ -254,7 +255,7 @@ class Meter:
             sums.add_(torch.stack([dots(gradient, v), own.expand(len(v)), squares(v, sums.device)]))
 
         for batch in set_batches(self.target.forget[:1], [], 1, self.pad, equally_many=self.sharded):
-            tap = Tap(self.sites, self.directions, 1)
+            tap = Tap(sites, self.directions, 1)
             with evaluating(self.model), each_gradient(self.parameters, take):
                 self._backward(tap, on(batch, self.model.device))
             products, *norms = sums.tolist()
