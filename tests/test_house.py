@@ -23,6 +23,7 @@ ROOMS = {  # of the package: which others each may import
     "objectives": {"io", "models"},
     "passes": {"io", "models", "objectives"},
     **dict.fromkeys(("training", "geffect", "scores"), {"io", "models", "objectives", "passes"}),
+    "attacks": {"io", "models", "objectives", "passes", "training", "scores"},
     "reporting": {"io"},
 }
 MOST_LINES, OF_A_SCRIPT = 400, 150
