@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from unlearn.attacks import asking, quantization, relearning, sampling
 from unlearn.attacks.quantization import NF4, int8, linear_layers, nf4, quantize
+from unlearn.passes.decoding import Sampling
 
 TINY: dict[str, Any] = {
     "hidden_size": 24,
@@ -77,6 +78,21 @@ def test_the_upper_bound_by_hand() -> None:
 def test_what_can_be_wrong(call: Callable[[], object], line: str) -> None:
     with pytest.raises(ValueError, match=line.replace("{", r"\{")):
         call()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (None, 0.6), (4, 1.0), (4, 0.8), (None, 1e-9)])
+def test_tokens_are_drawn_from_the_fewest_that_have_the_share(top_k: int | None, top_p: float) -> None:
+    """How often each of 7 tokens is drawn by evenly spaced numbers, beside the distribution cut by hand."""
+    logits = torch.randn(7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    n, temperature = 4000, 0.7
+    numbers = ((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
+    drawn = Sampling(numbers, temperature, top_k, top_p)(logits.expand(n, 7), range(n), 0)
+    p = (logits / temperature).softmax(-1)
+    order = sorted(range(7), key=lambda i: -p[i])[: top_k or 7]
+    p = p / sum(p[i] for i in order)
+    kept = next(order[: m + 1] for m in range(len(order)) if sum(p[i] for i in order[: m + 1]) >= top_p - 1e-12)
+    wanted = [float(p[i] / sum(p[j] for j in kept)) if i in kept else 0.0 for i in range(7)]
+    assert (torch.bincount(drawn, minlength=7) / n).tolist() == pytest.approx(wanted, abs=1.5 / n)
 
 
 # ---- quantisation ----
