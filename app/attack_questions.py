@@ -88,7 +88,7 @@ def by_ways(work: Work, path: str, part: Part, asked: Mapping[str, Sequence[dict
         rows = [row for row in asked[name] if row is not None]
         return work.scored(work.models.at(path), rows, f"{Path(path).name}, {name}") if rows else []
 
-    plain = part("plain", lambda: work.plain(path)["forget"])
+    plain = part("plain", lambda: work.plain(path, "forget"))
     ways: dict[str, list[dict[str, Any] | None]] = {}
     for name, rows in asked.items():
         found = iter(part(f"way_{name}", partial(measure, name)))

@@ -65,7 +65,7 @@ def relearn(work: Work, path: str, part: Part) -> list[Result]:
     per_epoch = max(1, len(rows) // (own.batch_size * own.gradient_accumulation_steps * processes()))
     steps = own.steps or per_epoch
     at = measured_steps(steps, own.every)
-    found = {0: part("plain", lambda: work.plain(path))}
+    found = {0: part("plain", lambda: work.plain_both(path))}
     if not all(part.has(f"step_{step}") for step in at):
         train_again(work, path, part, rows, (steps, per_epoch), at)
     for step in at:
@@ -128,7 +128,7 @@ def quantize(work: Work, path: str, part: Part) -> list[Result]:
     """The scores as the model is, and with its linear weights in each number of bits."""
     from unlearn.attacks import resistance_to_quantization
 
-    plain = part("plain", lambda: work.plain(path))
+    plain = part("plain", lambda: work.plain_both(path))
     before = of_sets(plain)
     results = [Result("as it is", before, told_of(plain, "as it is"), len(plain["forget"]))]
     for bits in work.settings.quantize.bits:

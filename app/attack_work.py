@@ -85,11 +85,16 @@ class Work:
 
     def both(self, how: Pass, what: str) -> dict[str, Rows]:
         """The forget and the held-out retain rows' scores."""
-        return {name: self.scored(how, rows, f"{what}, {name}") for name, rows in self.rows.items() if rows}
+        return {name: self.scored(how, rows, f"{what}, {name}") for name, rows in self.rows.items()}
 
-    def plain(self, path: str) -> dict[str, Rows]:
-        """The same of the model as it is."""
-        return dict(self.once(("plain", path), lambda: self.both(self.models.at(path), Path(path).name)))
+    def plain(self, path: str, name: str) -> Rows:
+        """The same, of one of the two, of the model as it is."""
+        what = f"{Path(path).name}, {name}"
+        found: Rows = self.once(("plain", path, name), lambda: self.scored(self.models.at(path), self.rows[name], what))
+        return found
+
+    def plain_both(self, path: str) -> dict[str, Rows]:
+        return {name: self.plain(path, name) for name in self.rows}
 
 
 # ---- what is told of scored rows ----

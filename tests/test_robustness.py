@@ -220,6 +220,14 @@ def test_r_q_and_their_mean_are_of_the_lines(done: Path) -> None:
     assert line["R_rouge"] == line["HM_probability"] == ""  # of the unlearned model alone
 
 
+def test_a_model_that_never_saw_the_rows_does_not_gain_more(place: Place, tmp_path: Path) -> None:
+    """The retain model in the unlearned one's place: from the same training it gains as much as itself."""
+    attacked(tmp_path, f"model_path={place.retain}", f"retain_path={place.retain}", "attacks=[relearn]")
+    [line] = lines_of(tmp_path, model="unlearned", setting="step 3")
+    assert float(line["R_probability"]) == 1
+    assert {line[f"R_{score}"] for score in SCORES if line.get(f"R_{score}")} == {"1.0"}
+
+
 def test_sampled_answers_are_graded(done: Path, place: Place) -> None:
     truths = [row["answer"] for row in forget_rows(place)]
     for model in ("unlearned", "retain"):
