@@ -61,7 +61,8 @@ def is_of(target: Target, name: str, record: Mapping[str, Any]) -> bool:
     other = read_record(file) if file.exists() else {}
     weights = (of.get("weights") for of in (other, record))
     same = [of.get(target.path) if isinstance(of, dict) else None for of in weights]
-    return same[0] == same[1] and other.get("data") == record.get("data")
+    data = {**(other.get("data") or {}), **record["data"]}
+    return same[0] == same[1] and {**record["data"], **(other.get("data") or {})} == data  # of what both are of
 
 
 def with_means(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -158,7 +158,7 @@ def by_bitsandbytes(settings: Robustness) -> bool:
 
 
 def read_rows(settings: Robustness) -> dict[str, Rows]:
-    """The forget and the held-out retain rows, `ds_size` at most, with what their perturbed ones have beside.
+    """The forget and the held-out retain rows, `ds_size` at most; to be paraphrased with what their perturbed ones have.
 
     Raises:
         ValueError: an attack needs a question, or a paraphrased one, and no row has it.
@@ -166,17 +166,29 @@ def read_rows(settings: Robustness) -> dict[str, Rows]:
     data = data_of(settings)
     found = unlearning_data(data, settings.split, settings.retain_holdout)
     texts = {"forget": found.forget, "retain": found.held_out}
-    rows = {name: set_with_perturbed(data, settings.split, name, of[: settings.ds_size]) for name, of in texts.items()}
+    rows = {name: of[: settings.ds_size] for name, of in texts.items()}
     asking = [name for name in settings.attacks if name in ASKING]
     if asking and any("question" not in row for row in rows["forget"]):
         raise ValueError(
             f"attacks={asking[0]}: the rows of split={settings.split} have no question; there are relearn, quantize"
         )
-    columns = settings.paraphrase.columns
-    if "paraphrase" in settings.attacks and not any(row.get(column) for row in rows["forget"] for column in columns):
-        has = sorted({key for row in rows["forget"] for key in row if not key.startswith("_")})
-        raise ValueError(f"paraphrase.columns={columns}: no row of split={settings.split} has one; they have {', '.join(has)}")
-    for column, row in ((column, row) for row in rows["forget"] for column in columns if row.get(column)):
+    return rows | {"forget": with_paraphrases(settings, rows["forget"])} if "paraphrase" in settings.attacks else rows
+
+
+def with_paraphrases(settings: Robustness, rows: Rows) -> Rows:
+    """The forget rows with what their perturbed ones have. Raises ValueError where none has a paraphrased question."""
+    data, columns = data_of(settings), settings.paraphrase.columns
+    if "forget" in data.benchmark.perturbed:
+        data.check(data.benchmark.perturbed["forget"].format(split=settings.split))
+    rows = set_with_perturbed(data, settings.split, "forget", rows)
+    if not any(row.get(column) for row in rows for column in columns):
+        has = ", ".join(sorted({key for row in rows for key in row if not key.startswith("_")}))
+        others = ",".join(name for name in ATTACKS if name != "paraphrase")
+        raise ValueError(
+            f"paraphrase.columns={columns}: no row of split={settings.split} has one; they have {has} (attacks=[{others}] does"
+            " without)"
+        )
+    for column, row in ((column, row) for row in rows for column in columns if row.get(column)):
         if not all(isinstance(text, str) for text in (row[column] if isinstance(row[column], list) else [row[column]])):
             raise ValueError(f"paraphrase.columns={columns}: {column} is a text or a list of texts, not {row[column]!r:.60}")
     return rows

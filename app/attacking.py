@@ -12,7 +12,7 @@ from app.attack_settings import ATTACKS, Robustness
 from app.attack_tables import Result, report, write
 from app.attack_weights import compared, quantize, relearn, relearned_rows
 from app.attack_work import TEMPLATES, Part, Work
-from app.data import ALL_TEXTS, hash_rows
+from app.data import hash_rows
 from unlearn.io.weights import hash_file
 from utils import is_main_process, say
 
@@ -38,7 +38,7 @@ def attack(work: Work, target: evaluating.Target) -> None:
 def attack_by(work: Work, target: evaluating.Target, name: str) -> None:
     settings = of_attack(work.settings, name)
     paths = {"unlearned": target.path} | ({"retain": settings.retain_path} if settings.retain_path else {})
-    progress = evaluating.Progress(settings, target, f"robustness_{name}", list(paths.values()), hashes(work))
+    progress = evaluating.Progress(settings, target, f"robustness_{name}", list(paths.values()), hashes(work, name))
     if progress.finished and progress.same:
         return say(f"{target.path}: {name} is done already: {target.folder}")
 
@@ -71,9 +71,12 @@ def of_attack(settings: Robustness, name: str) -> Robustness:
     return own
 
 
-def hashes(work: Work) -> dict[str, str]:
-    """A hash of the rows that are scored, by their sets."""
-    of, sets = work.settings.benchmark, work.settings.benchmark.unlearn[work.settings.split]
-    names = {"forget": sets.forget[0], "retain": of.held_out.rows or sets.retain[0]}
-    texts = (*ALL_TEXTS, *work.settings.paraphrase.columns)
-    return {name: hash_rows(work.rows[role], texts) for role, name in names.items()}
+def hashes(work: Work, name: str) -> dict[str, str]:
+    """A hash of the rows that the attack is of, by their sets."""
+    of, split = work.settings.benchmark, work.settings.split
+    sets = {"forget": of.unlearn[split].forget[0], "retain": of.held_out.rows or of.unlearn[split].retain[0]}
+    found = {one: hash_rows(work.rows[role]) for role, one in sets.items()}
+    if name == "paraphrase":
+        perturbed = of.perturbed.get("forget", f"{sets['forget']}, paraphrased").format(split=split)
+        found[perturbed] = hash_rows(work.rows["forget"], work.settings.paraphrase.columns)
+    return found

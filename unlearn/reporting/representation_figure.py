@@ -80,7 +80,7 @@ def layers_figure(table: DataFrame, effects: DataFrame) -> Figure:
     grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     if len(effects):
         for risk in effects:
-            grid[0].plot(along(effects[risk], order), **style.LINES[str(risk)])
+            grid[0].plot(along(effects[risk], order), **style.LINES[str(risk)] | {"linestyle": "-"})
         style.zero_line(grid[0])
         style.fit_scale(grid[0].yaxis, effects.reindex(order))
         grid[0].set_ylabel(f"G-effect\n{style.UNIT}")
