@@ -28,12 +28,14 @@ ANSWER = "\ue000answer\ue000"  # stands where a chat template puts the answer; p
 def prompt_and_answer(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family) -> tuple[str, str]:
     """All that stands before the answer, and the answer as it stands there: with the family's tags or chat template.
 
+    A row's `answer_start`, where it has one, is what its answer begins with and stands in the prompt.
+
     Raises:
         ValueError: the tokenizer has no chat template, or one that refuses the messages or changes what they say.
     """
-    question, answer = row["question"], row["answer"]
+    question, answer, start = row["question"], row["answer"], row.get("answer_start", "")
     if not family.chat_template:
-        return family.prompt(question), answer
+        return family.prompt(question) + start, answer
     prompt, found, after = _render(question, ANSWER, tokenizer, family).partition(ANSWER)
     text = _render(question, answer, tokenizer, family) if answer else prompt + after  # some leave out an empty message
     shown = text[len(prompt) : len(text) - len(after)]
@@ -45,7 +47,7 @@ def prompt_and_answer(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     }
     if changed := [what for what, same in as_given.items() if not same]:
         raise ValueError(f"{_template_of(tokenizer, family)} does not show {' and '.join(changed)} as given")
-    return prompt, shown
+    return prompt + start, shown
 
 
 def _render(question: str, answer: str, tokenizer: PreTrainedTokenizerBase, family: Family) -> str:

@@ -18,6 +18,7 @@ from app.data import check_perturbed, data_of
 from app.extraction import evaluate, measure, measure_similar, read_rows
 from app.families import Family
 from app.filling import of_checkpoint
+from app.representation import Outputs, represent
 from app.runs import alone, original_model
 from app.settings import EvalEverything
 
@@ -41,10 +42,13 @@ def run(settings: EvalEverything) -> Path | None:
     rows = read_rows(settings)
     of = cache(partial(measure, settings, models, rows))  # the original and the retain model once for all checkpoints
     similar_of = cache(partial(measure_similar, models, rows))
+    kept: dict[str, Outputs] = {}
     targets = [target for target in evaluating.targets(settings) if target.step != 0]  # the original is beside every checkpoint
     for target in targets:
         with alone(target.folder):
             evaluate(settings, target, models, rows, of, similar_of)
+            if settings.representation:
+                represent(settings, target, models, rows, kept)
         models.drop(target.path)
     evaluating.draw_run(targets)
     return targets[-1].folder

@@ -11,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from app.attack_settings import Robustness
 from app.fields import Number, Settings, check_value, defaults, flatten, parse, unknown
 from app.methods import RETAINED
 from app.places import CONFIG
@@ -25,6 +26,7 @@ OmegaConf.register_new_resolver(
 OmegaConf.register_new_resolver(
     "layers", lambda found: "-".join(map(str, found)) if isinstance(found, Sequence) else str(found), replace=True
 )
+COMMANDS[Robustness.config] = Robustness
 for _name, _group in COMMANDS.items():  # what their YAML begins with
     ConfigStore.instance().store(name=f"{_name}_settings", node=defaults(_group))
 

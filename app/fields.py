@@ -89,6 +89,8 @@ def defaults(group: type[Settings]) -> dict[str, Any]:
 
 def what(field: FieldInfo) -> str:
     """What the field's value needs to be: "a whole number of at least 1", "one of a, b", ..."""
+    if get_origin(field.annotation) is list:
+        return "a list, [A,B,...]"
     [kind, *_] = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not NoneType]
     metadata = [*field.metadata]
     while get_origin(kind) is Annotated:

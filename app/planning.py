@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from app.attack_settings import Robustness
+from app.attack_weights import training
 from app.checks import count_steps, model_config, shapes, two_gradients
 from app.data import TEXTS, Data, data_of, finetune_sets
 from app.families import Family
@@ -56,6 +58,8 @@ def tell(asked: Common) -> None:
         needs = [plan.measuring(shape, work, optimizer=False)]
     else:
         needs = [plan.scoring(shape, work, models=3 if isinstance(settings, EvalEverything) and settings.control else 1)]
+    if isinstance(settings, Robustness) and "relearn" in settings.attacks:
+        needs.append(plan.training(shape, work_of(training(settings, family), family)))
     kind = "GPU" if work.gpu else "CPU"
     print(f"{family.name}: {shape.parameters:,} parameters, {settings.plan} x {kind}, parallel={settings.parallel}")
     print(plan.table(needs))

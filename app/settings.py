@@ -375,6 +375,7 @@ class EvalEverything(Evaluation):
     )
     ps_p: Share = setting(0.9, "the bar: this times the original model's retain PS", may_differ=True)
     similar: bool = setting(False, "true: also PS similar, by real generation", may_differ=True)
+    representation: bool = setting(False, "true: also CKA and cosine of every layer's outputs", may_differ=True)
     control: bool = setting(True, "search the mixing weight at which the retain PS reaches the bar", may_differ=True)
     min_k: Annotated[int | float, Field(gt=0, le=1)] = setting(0.4, "the share of tokens that min-k and min-k++ look at")
     ds_size: Count | None = setting(300, "in the folder's name; PS and the others are of all rows")

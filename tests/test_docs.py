@@ -95,7 +95,7 @@ def test_every_command_has_settings_that_are_there(words: list[str]) -> None:
 
 
 OF_SCRIPT = {"finetune.py": "finetune", "forget.py": "forget", "compute_geffect.py": "forget_ge"}
-OF_SCRIPT |= {"tofu_evaluation.py": "eval_tofu", "evaluation_everything.py": "eval_everything"}
+OF_SCRIPT |= {"tofu_evaluation.py": "eval_tofu", "evaluation_everything.py": "eval_everything", "robustness.py": "robustness"}
 
 
 @pytest.mark.parametrize("file", PAGES, ids=name_of)

@@ -28,6 +28,7 @@ from app.settings import Aggregate, Forget
 
 CONFIGS = {"finetune": "finetune", "forget": "forget"}
 CONFIGS |= {"tofu_evaluation": "eval_tofu", "evaluation_everything": "eval_everything"}
+CONFIGS |= {"robustness": "robustness"}
 CLASSES: dict[str, tuple[Any, ...]] = {script: (SETTINGS[config],) for script, config in CONFIGS.items()}
 CLASSES["tofu_evaluation"] += (Aggregate,)
 METHODS, TERMS = ", ".join(choices("method")), retain_terms()
@@ -103,6 +104,15 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} eval=null", ["eval=None", "a group of settings, eval.every"]),
     (f"evaluation_everything.py {TINY} split=forget10 ps_p=5", ["ps_p=5", "at most 1"]),
     (f"evaluation_everything.py {TINY} split=forget10 min_k=2", ["min_k=2", "at most 1"]),
+    (
+        f"robustness.py {TINY} split=forget10 attacks=[relern]",
+        ["attacks=relern", "relearn, quantize, sample, prefix, paraphrase"],
+    ),
+    (f"robustness.py {TINY} split=forget10 attacks=relearn", ["attacks=relearn", "a list, [A,B,...]"]),
+    (f"robustness.py {TINY} split=forget10 sample.k=[32]", ["sample.k=[32]", "sample.n=16"]),
+    (f"robustness.py {TINY} split=forget10 relearn.data=nothing", ["relearn.data=nothing", "no such file", "forget10"]),
+    ("robustness.py split=forget05", ["model_path", "folder"]),
+    (f"robustness.py {TINY} split=full", ["split=full", SPLITS]),
     (f"{GA} dtype=float8", ["float8", "auto, float32, bfloat16"]),
     (f"{GA} save_dtype=float8", ["float8", "float32, bfloat16"]),
     ("finetune.py model_family=tiny optim=foo", ["foo", "adamw_torch_fused", "sgd"]),

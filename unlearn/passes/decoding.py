@@ -67,18 +67,23 @@ class Sampling:
     Attributes:
         numbers: (rows, tokens) in [0, 1), float64, on the CPU: a token each.
         temperature: logits are divided by it.
-        top_k: only so many of the likeliest tokens are drawn from.
+        top_k: only so many of the likeliest tokens are drawn from; None: all.
+        top_p: only the fewest of these that have this share of their probability between them.
     """
 
     numbers: Tensor
     temperature: float
-    top_k: int
+    top_k: int | None
+    top_p: float = 1
 
     def __call__(self, logits: Tensor, rows: Sequence[int], step: int) -> Tensor:
         """(B,) the tokens behind the first `step` of those rows."""
-        best = widen(logits).topk(min(self.top_k, logits.shape[-1]))
+        best = widen(logits).topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))
         sums = (best.values.cpu().double() / self.temperature).softmax(-1).cumsum(-1)
-        drawn = self.numbers[list(rows), step, None] * sums[:, -1:]
+        whole = sums[:, -1:]
+        if self.top_p < 1:
+            whole = sums.gather(1, torch.searchsorted(sums, self.top_p * whole))
+        drawn = self.numbers[list(rows), step, None] * whole
         place = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
         return best.indices.gather(1, place.to(logits.device)).squeeze(1)
 
@@ -89,22 +94,23 @@ def sampled_answers(
     tokenizer: PreTrainedTokenizerBase,
     generator: torch.Generator,
     temperature: float = 1,
-    top_k: int = 50,
+    top_k: int | None = 50,
     max_new_tokens: int = MAX_LENGTH,
     what: str = "answers",
+    top_p: float = 1,
 ) -> list[str]:
     """What the model answers to each row's prompt, drawn token by token, stripped; every process has all of them.
 
     Args:
         generator: of the CPU, the same on every process.
-        temperature, top_k: see `Sampling`.
+        temperature, top_k, top_p: see `Sampling`.
         max_new_tokens: of an answer.
     """
     numbers = torch.rand(len(rows), max_new_tokens, generator=generator, dtype=torch.float64)
     most = [n for n in (positions_of(how.model),) if n is not None]
     limits = [_limit(prompt_length(row), most, max_new_tokens) for row in rows]
     prefixes = [row["input_ids"][: prompt_length(row)] for row in rows]
-    found = decode(how, prefixes, limits, what, Sampling(numbers, temperature, top_k))
+    found = decode(how, prefixes, limits, what, Sampling(numbers, temperature, top_k, top_p))
     stops = stop_tokens(how.model, how.eos)
     texts = tokenizer.batch_decode([_until(tokens, stops) for tokens in found], skip_special_tokens=True)
     return [text.strip() for text in texts]
