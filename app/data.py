@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.benchmark import Benchmark
 from app.places import IDK
-from app.settings import Benchmark, Common
+from app.settings import Common
 from unlearn.io.rows import read_jsonl
 from unlearn.io.weights import hash_file
 
@@ -58,9 +59,15 @@ class Data:
             return [dict(row) for row in instantiate(self.benchmark.read)(self.data_path, name)]
         if self.file(name).exists() or name in FILES:
             return [self._named(row) for row in read_jsonl(self.file(name))]
+        return [self._named(row) for place in self.benchmark.hub.get(name, [name]) for row in self._of_hub(place)]
+
+    def _of_hub(self, place: str) -> Rows:
+        """The rows of <subset>, its split `train`, of <subset>/<split>, or of the lists in a column of that."""
         from datasets import load_dataset
 
-        return [self._named(row) for row in load_dataset(self.data_path, name, split="train").to_list()]
+        subset, split, *column = [*place.split("/"), "train"][: max(2, place.count("/") + 1)]
+        found = load_dataset(self.data_path, subset, split=split).to_list()
+        return [row for of in found for row in of[column[0]]] if column else found
 
     def _named(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with the names that are used here."""
@@ -164,7 +171,7 @@ def how_many_held_out(benchmark: Benchmark, retain: int, given: int | None, firs
 
 def asked_sets(data: Data, split: str) -> dict[str, str]:
     """The sets that tofu_evaluation.py asks, by what its tables call them; `held_out`: the held-out rows to keep."""
-    return {name: of.format(split=split) for name, of in data.benchmark.asked.items()}
+    return {name: of.format(split=split) for name, of in (data.benchmark.asked | data.benchmark.also).items()}
 
 
 def set_with_perturbed(data: Data, split: str, name: str, rows: Rows) -> Rows:

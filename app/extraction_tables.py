@@ -14,6 +14,11 @@ from utils import say
 ON_ROWS = ("loss", "ps_exact", "ps_perturb", "ps_similar", "exact_memorization", "extraction_strength")
 
 
+def scored(settings: EvalEverything) -> list[str]:
+    """The sets of which PS and memorisation are told."""
+    return ["forget", "retain", *settings.benchmark.also]
+
+
 def no_holdout(settings: EvalEverything) -> str | None:
     """Why there are no rows never trained on, None where there are some."""
     data = data_of(settings)
@@ -40,7 +45,7 @@ def totals(
         model: {
             data: {key: mean_of(rows[data], key) for key in ON_ROWS if settings.similar or key != "ps_similar"}
             | {"rows": len(rows[data])}
-            for data in ("forget", "retain")
+            for data in scored(settings)
         }
         for model, rows in measured.items()
     }
@@ -87,7 +92,7 @@ def write(
     lines = [
         {"model": model, "data": data, "row": i} | row
         for model, rows in measured.items()
-        for data in ("forget", "retain")
+        for data in scored(settings)
         for i, row in enumerate(rows[data])
     ]
     key = ("model", "data", "row")

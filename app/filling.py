@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from app.benchmark import Benchmark
 from app.compose import given, group
 from app.families import Family, load_families, load_family
 from app.fields import marked
 from app.methods import choices
 from app.places import find_path
 from app.runs import saved_settings
-from app.settings import Benchmark, Common, Evaluation, GEffects, InheritedAdapters, Method, Retain, Training
+from app.settings import Common, Evaluation, GEffects, InheritedAdapters, Method, Retain, Training
 from unlearn.io.weights import OF_A_MODEL, other_weights, why_no_checkpoint
 from utils import be_deterministic
 
@@ -128,7 +129,9 @@ def of_checkpoint(settings: EvaluationOf) -> EvaluationOf:
     split = filled.split
     if settings.split is None and "method" not in saved:  # fine-tuned on a retain split: the rows it has not seen are to forget
         unseen = {name: split for split, sets in of.unlearn.items() for name in sets.retain}
-        split = unseen.get(saved.get("split", "")) or (next(iter(of.unlearn)) if of.name == "local" else None)
+        split = unseen.get(saved.get("split", "")) or (
+            next(iter(of.unlearn)) if of.name == "local" or len(of.unlearn) == 1 else None
+        )
     if split is None:
         raise ValueError(f"split is missing; to unlearn is one of {', '.join(of.unlearn)}")
     return filled.model_copy(

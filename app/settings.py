@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
-from app.fields import Count, NotNegative, Number, Positive, Settings, Whole, setting
+from app.benchmark import Benchmark
+from app.fields import Count, NotNegative, Number, Positive, Settings, Share, Whole, setting
 
 
 class Optimizer(NamedTuple):
@@ -33,7 +34,6 @@ Half = Literal["float32", "bfloat16"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Wide = Literal["auto", "float32", "bfloat16", "float64"]
 Length = Annotated[int, Field(ge=2)]
-Share = Annotated[int | float, Field(ge=0, le=1)]
 Optim = Literal[
     "adamw_torch_fused",
     "adamw_torch",
@@ -132,38 +132,6 @@ class Retain(Open):
 class Rule(Open):
     combine: dict[str, Any]
     average: Share | None = setting(None, "of this step's g_r in its moving average, for a rule that has one")
-
-
-class Unlearning(Settings):
-    """What one split to forget is made of, by the names of sets."""
-
-    forget: list[str]
-    retain: list[str] = setting([], "to keep: beside the rows to forget while unlearning, and held out of it")
-    unseen: str | None = setting(None, "rows that nobody trains on")
-
-
-class HeldOut(Settings):
-    """Which rows to keep are measured and never trained on while unlearning: the first ones, or a set of their own."""
-
-    first_of: str | None = setting(None, "as many of the first as this set has")
-    share: Share | None = setting(None, "this share of them, the first ones")
-    most: Count | None = setting(None, "and no more than so many")
-    rows: str | None = setting(None, "the rows of this set, and none of those to keep")
-
-
-class Benchmark(Settings):
-    """A data set as a benchmark: which sets there are, and what each is for. A file of config/benchmark each."""
-
-    by_file: ClassVar[bool] = True
-    name: str
-    data_path: str | None = setting(None, "where its sets are, unless the family or data_path= says")
-    read: dict[str, Any] | None = setting(None, "a function (data_path, set) -> rows; null: JSON files, or the hub's splits")
-    columns: dict[str, str] = setting({}, "the names of question, answer or text in its rows, where they are others")
-    finetune: dict[str, list[str]]
-    unlearn: dict[str, Unlearning]
-    held_out: HeldOut = HeldOut()
-    perturbed: dict[str, str] = setting({}, "sets with paraphrased questions and wrong answers, of forget and retain rows")
-    asked: dict[str, str] = setting({}, "the sets that tofu_evaluation.py asks, by what its tables call them")
 
 
 Layers = Whole | Annotated[list[Whole], Field(min_length=1)] | None

@@ -130,11 +130,11 @@ def evaluate(
     log_file = target.folder / "eval_log_aggregated.json"
     if progress.finished and log_file.exists():
         log = read_object(log_file)
-        if lacking := [tofu.TASKS[name][0] for name in sets if tofu.TASKS[name][0] not in log]:
+        if lacking := [file for name in sets if (file := tofu.task_of(name)[0]) not in log]:
             raise ValueError(f"{log_file}: lacks {', '.join(lacking)}; remove it to have it measured again")
     else:
-        names = [name for name in tofu.TASKS if name in sets]
-        log = {tofu.TASKS[name][0]: progress.part(name, functools.partial(measure, target.path, name)) for name in names}
+        names = sorted(sets, key=[*tofu.TASKS, *sets].index)
+        log = {tofu.task_of(name)[0]: progress.part(name, functools.partial(measure, target.path, name)) for name in names}
         if is_main_process():
             write_json(log_file, log)
     found = tofu.aggregate(log, settings.truth_ratio, settings.epsilon) | {"rouge_rows": tofu.without_words(log)}
@@ -156,7 +156,10 @@ def quality(settings: EvalTofu | Aggregate, found: dict[str, Any], log: dict[str
 
         return tofu.forget_quality(log, retain, settings.truth_ratio, settings.epsilon)
     if "truth_ratio" not in found["forget"]:
-        where = f"forget_data={settings.forget_data}" if isinstance(settings, EvalTofu) else "the log"
+        where = "the log"
+        if isinstance(settings, EvalTofu):
+            own = settings.forget_data
+            where = f"forget_data={own}" if own else f"benchmark={settings.benchmark.name}"
         return f"not available: rows of {where} lack perturbed_answer, a list of wrong answers"
     published, name = None, "the retain split"
     if isinstance(settings, EvalTofu):
@@ -167,13 +170,13 @@ def quality(settings: EvalTofu | Aggregate, found: dict[str, Any], log: dict[str
 
 
 def write(settings: EvalTofu, target: evaluating.Target, progress: evaluating.Progress, found: dict[str, Any]) -> None:
-    from unlearn.scores.tofu import TASKS
+    from unlearn.scores.tofu import sets_of
 
     method = settings.method_name or (target.run.name if target.run else Path(target.path).name)
     write_statistics(target.folder / "aggregate_stat.csv", found, method, settings.submitted_by)
     sections = {"tofu": found, "definitions": definitions(settings), "from": {"tofu_evaluation": progress.record}}
     evaluating.write_scores(target, sections)
-    columns = {f"{name}_{key}": value for name in TASKS if name in found for key, value in found[name].items() if key != "rows"}
+    columns = {f"{name}_{key}": value for name in sets_of(found) for key, value in found[name].items() if key != "rows"}
     quality = found["forget_quality"] if isinstance(found["forget_quality"], dict) else {}
     columns |= {"model_utility": found["model_utility"]}
     columns |= {"forget_quality": quality.get("p"), "forget_quality_D": quality.get("D")}
@@ -205,18 +208,17 @@ def definitions(settings: EvalTofu | Aggregate) -> dict[str, Any]:
 
 def report(found: dict[str, Any], rouge_tokenizer: str | None = None) -> None:
     """The scores as a small table on standard error."""
-    from unlearn.scores.tofu import KINDS, TASKS
+    from unlearn.scores.tofu import KINDS, sets_of, task_of
 
     remedy = " (rouge_tokenizer=unicode counts words of any script)" if rouge_tokenizer == "ascii" else ""
-    for name, (_, title) in TASKS.items():
-        if name in found:
-            values = "  ".join(f"{kind} {evaluating.told(found[name].get(key))}" for key, kind in KINDS.items())
-            say(f"{title:13} {values}  ({found[name]['rows']} rows)")
+    for name in sets_of(found):
+        values = "  ".join(f"{kind} {evaluating.told(found[name].get(key))}" for key, kind in KINDS.items())
+        say(f"{task_of(name)[1]:13} {values}  ({found[name]['rows']} rows)")
     for name, rows in found["rouge_rows"].items():
         if rows["without_rouge"]:
-            say(f"{TASKS[name][1]:13} {rows['without_rouge']} rows have no ROUGE, for their answers have no word{remedy}")
+            say(f"{task_of(name)[1]:13} {rows['without_rouge']} rows have no ROUGE, for their answers have no word{remedy}")
         if rows["letters_dropped"] and rouge_tokenizer == "ascii":
-            say(f"{TASKS[name][1]:13} {rows['letters_dropped']} answers have letters that ROUGE's words leave out{remedy}")
+            say(f"{task_of(name)[1]:13} {rows['letters_dropped']} answers have letters that ROUGE's words leave out{remedy}")
     say(f"Model Utility {evaluating.told(found['model_utility'])}")
     quality = found["forget_quality"]
     text = quality if isinstance(quality, str) else f"p = {quality['p']:.3g}, D = {quality['D']:.3f}, n = {quality['n']}"

@@ -26,6 +26,27 @@ NEEDED = ("avg_gt_loss", "rougeL_recall", "average_perturb_loss", "avg_paraphras
 Log = dict[str, dict[str, Any]]
 
 
+def task_of(name: str) -> tuple[str, str]:
+    """A set's names as in `TASKS`; those of a set that is none of TOFU's are made of its own."""
+    return TASKS.get(name, (f"eval_log_{name}.json", name.replace("_", " ").title()))
+
+
+def tasks_of(log: Log) -> dict[str, str]:
+    """What the log calls its sets, by set: TOFU's in their order, then further ones."""
+    known = {name: file for name, (file, _) in TASKS.items() if file in log}
+    others = [file for file, task in log.items() if file not in known.values() and _is_further(file, task)]
+    return known | {file.removeprefix("eval_log_").removesuffix(".json"): file for file in others}
+
+
+def _is_further(file: str, task: Any) -> bool:
+    return file.startswith("eval_log_") and isinstance(task, dict) and {"avg_gt_loss", "rougeL_recall"} <= task.keys()
+
+
+def sets_of(found: Mapping[str, Any]) -> list[str]:
+    """The sets that were scored (see `aggregate`)."""
+    return [name for name, of in found.items() if isinstance(of, dict) and "rows" in of]
+
+
 def truth_ratios(task: Mapping[str, Any], definition: str, epsilon: float = 0.0) -> list[float]:
     """One a row, in the order of the rows' numbers."""
     return [
@@ -48,9 +69,7 @@ def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> 
         epsilon: added to denominators; 0 as in TOFU, `scores.OPEN_UNLEARNING` as there.
     """
     found: dict[str, Any] = {}
-    for name, (file, _) in TASKS.items():
-        if file not in log:
-            continue
+    for name, file in tasks_of(log).items():
         task, rows = log[file], row_names(log[file])
         losses = [task["avg_gt_loss"][row] for row in rows]
         recalls = [task["rougeL_recall"][row] for row in rows]
@@ -74,12 +93,11 @@ def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> 
 def without_words(log: Log) -> dict[str, dict[str, int]]:
     """By set: rows without ROUGE, whose answers have no word, and answers of which rouge-score's tokenizer drops letters."""
     found = {}
-    for name, (file, _) in TASKS.items():
-        if file in log:
-            task, rows = log[file], row_names(log[file])
-            none = [row for row in rows if task["rougeL_recall"][row] is None]
-            lossy = [row for row in rows if scores.loses_letters(task["generated_text"][row][-1])]
-            found[name] = {"without_rouge": len(none), "letters_dropped": len(lossy)}
+    for name, file in tasks_of(log).items():
+        task, rows = log[file], row_names(log[file])
+        none = [row for row in rows if task["rougeL_recall"][row] is None]
+        lossy = [row for row in rows if scores.loses_letters(task["generated_text"][row][-1])]
+        found[name] = {"without_rouge": len(none), "letters_dropped": len(lossy)}
     return found
 
 
@@ -155,9 +173,8 @@ def _fits(key: str, value: Any) -> bool:
 def columns(found: Mapping[str, Any]) -> dict[str, Any]:
     """The scores as the columns of TOFU's aggregate_stat.csv, "not available" in place of what has no value."""
     values = {
-        f"{kind} {title}": found[name][key]
-        for name, (_, title) in TASKS.items()
-        if name in found
+        f"{kind} {task_of(name)[1]}": found[name][key]
+        for name in sets_of(found)
         for key, kind in KINDS.items()
         if key in found[name]
     } | {"Model Utility": found["model_utility"]}
