@@ -20,7 +20,7 @@ from app.filling import of_checkpoint
 from app.runs import alone
 from app.settings import Aggregate, EvalTofu
 from app.tofu import check_questions, definitions, evaluate, measure_set, quality, read_log, read_sets, report, write_statistics
-from unlearn.io.rows import read_jsonl, write_json
+from unlearn.io.rows import write_json
 from utils import say, versions
 
 
@@ -43,8 +43,9 @@ def prepare(settings: EvalTofu) -> tuple[EvalTofu, Family]:
 
 def rows_at_hand(settings: EvalTofu) -> Rows | None:
     """The forget rows that will be asked, None where only `datasets` has them."""
-    file = data_of(settings).file(asked_sets(data_of(settings), settings.split)["forget"])
-    return read_jsonl(file)[: settings.ds_size] if file.exists() else None
+    data = data_of(settings)
+    found = data.at_hand(asked_sets(data, settings.split)["forget"])
+    return None if found is None else found[: settings.ds_size]
 
 
 def run(settings: EvalTofu | Aggregate) -> Path | None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from app.benchmark import Benchmark
+from app.forms import SUFFIXES, find_file, in_form, read_rows
 from app.places import IDK
 from app.settings import Common
-from unlearn.io.rows import read_jsonl
 from unlearn.io.weights import hash_file
 
 Rows = list[dict[str, Any]]
@@ -36,12 +36,13 @@ class Data:
     data_path: str
     forget_data: str | None = None
     retain_data: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)  # what its rows call `question`, ...
 
     def file(self, name: str) -> Path:
         """Of a set, or of the sentences of `method=idk`; it need not exist."""
         if name == IDK.stem:
             return IDK
-        return Path(getattr(self, name)) if name in FILES else Path(self.data_path, f"{name}.json")
+        return Path(getattr(self, name)) if name in FILES else find_file(Path(self.data_path), name)
 
     def place(self, name: str) -> str:
         """A key with its value, or a set with its file."""
@@ -50,7 +51,12 @@ class Data:
     def rows(self, name: str) -> Rows:
         """The rows of a set, each with its place as the user knows it."""
         where = str(getattr(self, name)) if name in FILES else f"split {name}"
-        return [row | {PLACE: f"{where}, row {number}"} for number, row in enumerate(self._read(name), start=1)]
+        places = ((f"{where}, row {number}", row) for number, row in enumerate(self._read(name), start=1))
+        return [self._named(row, place) | {PLACE: place} for place, row in places]
+
+    def at_hand(self, name: str) -> Rows | None:
+        """The rows of a set that is a file, None of any other."""
+        return self.rows(name) if self.file(name).exists() else None
 
     def _read(self, name: str) -> Rows:
         if self.benchmark.read is not None:
@@ -58,8 +64,8 @@ class Data:
 
             return [dict(row) for row in instantiate(self.benchmark.read)(self.data_path, name)]
         if self.file(name).exists() or name in FILES:
-            return [self._named(row) for row in read_jsonl(self.file(name))]
-        return [self._named(row) for place in self.benchmark.hub.get(name, [name]) for row in self._of_hub(place)]
+            return read_rows(self.file(name))
+        return [row for place in self.benchmark.hub.get(name, [name]) for row in self._of_hub(place)]
 
     def _of_hub(self, place: str) -> Rows:
         """The rows of <subset>, its split `train`, of <subset>/<split>, or of the lists in a column of that."""
@@ -69,10 +75,12 @@ class Data:
         found = load_dataset(self.data_path, subset, split=split).to_list()
         return [row for of in found for row in of[column[0]]] if column else found
 
-    def _named(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with the names that are used here."""
-        ours = {theirs: name for name, theirs in self.benchmark.columns.items()}
-        return {ours.get(key, key): value for key, value in row.items()}
+    def _named(self, row: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """The row as it is used here. Raises ValueError where its answer is none of its choices."""
+        try:
+            return in_form(row, {**self.benchmark.columns, **self.columns})
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
 
     def check(self, name: str, also: Sequence[str] = ()) -> int | None:
         """How many rows a set has, None where only reading it can tell. Raises ValueError where it is not there, or wrong."""
@@ -82,7 +90,7 @@ class Data:
         if self.benchmark.read is not None:
             return None
         if Path(self.data_path).is_dir() and not any(Path(self.data_path).glob(f"**/{name}*.parquet")):
-            there = ", ".join(sorted(file.stem for file in Path(self.data_path).glob("*.json")))
+            there = ", ".join(sorted(file.stem for file in Path(self.data_path).glob("*") if file.suffix in SUFFIXES))
             raise ValueError(f"split={name}: data_path={self.data_path} has no {name}.json; there are {there or 'no splits'}")
         if not Path(self.data_path).is_dir() and not on_hub(self.data_path, "dataset"):
             copy = f"offline? give a local copy of {self.benchmark.name.upper()}"
@@ -99,7 +107,7 @@ class Data:
         found = {}
         for name in names:
             if self.benchmark.read is not None or self.file(name).is_file():
-                found[name] = hash_rows(self._read(name), texts)
+                found[name] = hash_rows(self.rows(name), texts)
             elif parts := sorted(Path(self.data_path).glob(f"**/{name}*.parquet")):
                 found[name] = hash_text("".join(map(hash_file, parts)))
         return found
@@ -107,7 +115,8 @@ class Data:
 
 def data_of(settings: Common) -> Data:
     assert settings.data_path is not None
-    return Data(settings.benchmark, settings.data_path, settings.forget_data, settings.retain_data)
+    given = {name: theirs for name, theirs in settings.columns.model_dump().items() if theirs is not None}
+    return Data(settings.benchmark, settings.data_path, settings.forget_data, settings.retain_data, given)
 
 
 # ---- uses ----
@@ -229,17 +238,22 @@ def check_perturbed(data: Data, split: str) -> None:
         data.check(name.format(split=split), also=PERTURBED)
 
 
-def check_rows(what: str, file: Path, also: Sequence[str] = (), named: Any = dict) -> int:
+def check_rows(
+    what: str,
+    file: Path,
+    also: Sequence[str] = (),
+    named: Callable[[Mapping[str, Any], str], dict[str, Any]] = lambda row, _: dict(row),
+) -> int:
     """How many rows a file has. Raises ValueError where one is no question and answer, nor a text, or there is none.
 
     Args:
         what: the setting and the file, for the line.
         also: what its rows need beside.
-        named: a row with the names that are used here.
+        named: a row, and its place, as it is used here.
     """
     if not file.is_file():
         raise ValueError(f"{what}: no such file")
-    rows = [named(row) for row in read_jsonl(file)]
+    rows = [named(row, f"{what}, row {number}") for number, row in enumerate(read_rows(file), start=1)]
     for number, row in enumerate(rows, start=1):
         needed = ("text",) if "text" in row and "question" not in row else (*TEXTS, *also)
         if missing := [name for name in needed if row.get(name) is None]:

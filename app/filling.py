@@ -13,7 +13,7 @@ from app.fields import marked
 from app.methods import choices
 from app.places import find_path
 from app.runs import saved_settings
-from app.settings import Common, Evaluation, GEffects, InheritedAdapters, Method, Retain, Training
+from app.settings import Columns, Common, Evaluation, GEffects, InheritedAdapters, Method, Retain, Training
 from unlearn.io.weights import OF_A_MODEL, other_weights, why_no_checkpoint
 from utils import be_deterministic
 
@@ -83,6 +83,8 @@ def _inherited(settings: Of, saved: dict[str, Any]) -> dict[str, Any]:
     found = {key: saved[key] for key in keys if getattr(settings, key) is None and saved.get(key) is not None}
     if "benchmark" in found:
         found["benchmark"] = benchmark(found["benchmark"])
+    given = {name: theirs for name, theirs in settings.columns if theirs is not None}
+    found["columns"] = Columns(**saved.get("columns", {}) | given)
     return found
 
 

@@ -59,6 +59,15 @@ ADAPTERS_LR = "with adapters ten times that"
 # ---- groups ----
 
 
+class Columns(Settings):
+    """What the rows call their texts, where these are other names than the benchmark's YAML says."""
+
+    question: str | None = setting(None, "null: the benchmark's, else question", named=False)
+    answer: str | None = setting(None, "of a multiple choice the right one's number, from 0, or its text", named=False)
+    choices: str | None = setting(None, "a list of texts: makes a row a multiple choice", named=False)
+    text: str | None = setting(None, "of plain text, all of whose tokens carry loss", named=False)
+
+
 class Adapters(Settings):
     r: Whole = setting(0, "rank of adapters in place of all weights (config/..._lora.yaml has 8); 0: none")
     alpha: Count = setting(32, "their scale is alpha / r")
@@ -163,10 +172,11 @@ class Common(Settings):
         inherited=True,
     )
     forget_data: str | None = setting(
-        None, "local JSONL files of question and answer, in place of the benchmark's sets", named=False, inherited=True
+        None, "a local file of rows, JSON or text, in place of the benchmark's sets", named=False, inherited=True
     )
     retain_data: str | None = setting(None, "the same, of the rows to keep", named=False, inherited=True)
     benchmark: Benchmark = setting(None, "the data's sets and what they are for: config/benchmark", named=False, inherited=True)
+    columns: Columns = Columns()
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = setting(42, "what draws the rows, and what else is random")
     batch_size: Count | None = setting(None, "rows per process and forward pass")
     parallel: Literal["ddp", "fsdp"] = setting(

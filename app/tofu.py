@@ -201,6 +201,8 @@ def definitions(settings: EvalTofu | Aggregate) -> dict[str, Any]:
         "probability": f"exp(-mean loss of the answer's tokens, end-of-sequence counted, {tag})",
         "truth_ratio": f"{settings.truth_ratio}, epsilon {settings.epsilon}",
         "rouge": f"ROUGE-L recall of the greedy answer, with stemming, {words}; an answer without words has none",
+        "accuracy": "of multiple choices: how often the right one has the largest probability, end-of-sequence not counted;"
+        " accuracy_norm: the largest log-probability over its characters; choice_probability: among the choices",
         "model_utility": "harmonic mean of the nine scores of retain, real_authors and real_world",
         "forget_quality": "p-value and D of the two-sample Kolmogorov-Smirnov test on the forget truth ratios; n rows of each",
     }
@@ -208,11 +210,12 @@ def definitions(settings: EvalTofu | Aggregate) -> dict[str, Any]:
 
 def report(found: dict[str, Any], rouge_tokenizer: str | None = None) -> None:
     """The scores as a small table on standard error."""
-    from unlearn.scores.tofu import KINDS, sets_of, task_of
+    from unlearn.scores.tofu import KINDS, MORE_KINDS, sets_of, task_of
 
     remedy = " (rouge_tokenizer=unicode counts words of any script)" if rouge_tokenizer == "ascii" else ""
     for name in sets_of(found):
-        values = "  ".join(f"{kind} {evaluating.told(found[name].get(key))}" for key, kind in KINDS.items())
+        kinds = KINDS | {key: kind for key, kind in MORE_KINDS.items() if key in found[name]}
+        values = "  ".join(f"{kind} {evaluating.told(found[name].get(key))}" for key, kind in kinds.items())
         say(f"{task_of(name)[1]:13} {values}  ({found[name]['rows']} rows)")
     for name, rows in found["rouge_rows"].items():
         if rows["without_rouge"]:

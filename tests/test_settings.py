@@ -82,6 +82,7 @@ def test_what_changes_the_weights_is_named_or_in_the_name() -> None:
         "rule",
     }
     paths = {"model_path", "hf_key", "data_path", "forget_data", "retain_data"}
+    paths |= {f"columns.{name}" for name in ("question", "answer", "choices", "text")}  # what is in the paths' files
     no_weights = {
         "parallel",
         "save_dtype",

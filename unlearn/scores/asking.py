@@ -32,7 +32,8 @@ def measure_task(
 
     Args:
         rows: each with `question` and `answer`, and where it has them `paraphrased_answer` and `perturbed_answer` (a list);
-            all answers are asked for by the same question.
+            all answers are asked for by the same question. Of a multiple choice also `choices` and `correct`, the number of
+            `answer` among them, `perturbed_answer` being the others in their order.
         tokenize: rows of question and answer to token ids with labels.
         real: of the real-world sets: the probability among the candidates stands there, too.
         answers: also what the model answers; without, the log has the losses, and empty texts.
@@ -65,6 +66,8 @@ def measure_task(
         if real:
             among = [scores.probability_among(of[0].loss, [x.loss for x in of[2:]]) for of in of_row]
             log["normalized_gt_loss"] = [-float(np.log(p)) if p else float("inf") for p in among]
+    if rows and all("choices" in row for row in rows):
+        log |= _choices(rows, [[of[0], *of[2:]] for of in of_row])
     return {key: {str(i): value for i, value in enumerate(values)} for key, values in log.items()}
 
 
@@ -73,6 +76,17 @@ def _losses(name: str, forced: Sequence[Forced]) -> dict[str, list[Any]]:
         f"avg_{name}_loss": [one.loss for one in forced],
         f"{name}_loss": [one.loss * len(one.labels) for one in forced],
         f"num_token_{name}": [len(one.labels) for one in forced],
+    }
+
+
+def _choices(rows: Sequence[Mapping[str, Any]], forced: Sequence[Sequence[Forced]]) -> dict[str, list[Any]]:
+    """Each choice's loss, in the order of `choices`; `forced` has the right one first. A choice that is cut is all there is."""
+    sums = [[float(one.nll[: one.size].astype(np.float64).sum()) for one in of] for of in forced]
+    places = [row["correct"] for row in rows]
+    return {
+        "choices": [list(row["choices"]) for row in rows],
+        "correct": places,
+        "choice_loss": [[*of[1 : at + 1], of[0], *of[at + 1 :]] for of, at in zip(sums, places, strict=True)],
     }
 
 

@@ -36,6 +36,21 @@ def probability_among(loss: float, wrong: Sequence[float], epsilon: float = 0.0)
     return float(np.exp(-loss - logsumexp([-loss, *(-x for x in wrong), _log(epsilon)])))
 
 
+def best_choice(losses: Sequence[float], lengths: Sequence[int] | None = None) -> int:
+    """The number of the likeliest of a question's choices, the first where several are: accuracy is how often that is right.
+
+    Args:
+        losses: of each choice the sum of its tokens' l, end-of-sequence not counted, in nats.
+        lengths: by which they are divided, in characters: `accuracy_norm`.
+    """
+    return int(np.argmin(np.asarray(losses, dtype=float) / np.asarray(1 if lengths is None else np.maximum(lengths, 1))))
+
+
+def choice_probability(losses: Sequence[float], correct: int) -> float:
+    """The right choice's probability among all choices, exp(-loss) each (see `best_choice`)."""
+    return float(np.exp(-losses[correct] - logsumexp(-np.asarray(losses, dtype=float))))
+
+
 def truth_ratio(correct: float, wrong: Sequence[float], definition: str = "geometric", epsilon: float = 0.0) -> float:
     """How probable the wrong answers are beside the paraphrased correct one: w / (exp(-correct) + epsilon).
 

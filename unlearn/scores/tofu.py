@@ -21,6 +21,8 @@ TASKS = {  # by set: the log's name for it, and the score tables'
 }
 REAL = ("real_authors", "real_world")
 KINDS = {"rouge": "ROUGE", "probability": "Prob.", "truth_ratio": "Truth Ratio"}
+CHOICE_KINDS = {"accuracy": "Accuracy", "accuracy_norm": "Accuracy by Length", "choice_probability": "Choice Prob."}
+MORE_KINDS = CHOICE_KINDS  # beside TOFU's, where rows have what they are of
 NEEDED = ("avg_gt_loss", "rougeL_recall", "average_perturb_loss", "avg_paraphrased_loss")
 
 Log = dict[str, dict[str, Any]]
@@ -84,10 +86,24 @@ def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> 
             found[name]["truth_ratio"] = kept
         if name not in REAL:
             found[name]["probability"] = scores.mean(scores.probability(losses))
+        if "choice_loss" in task:
+            found[name] |= _of_choices(task, rows)
         found[name]["rows"] = len(rows)
     parts = [found.get(name, {}).get(kind, float("nan")) for name in ("retain", *REAL) for kind in KINDS]
     found["model_utility"] = scores.model_utility(parts)
     return found
+
+
+def _of_choices(task: Mapping[str, Any], rows: list[str]) -> dict[str, float]:
+    """Accuracy, that by the choices' lengths, and the right choice's probability among them (see `scores.best_choice`)."""
+    found: dict[str, list[float]] = {name: [] for name in CHOICE_KINDS}
+    for row in rows:
+        losses, correct = task["choice_loss"][row], task["correct"][row]
+        lengths = [len(choice) for choice in task["choices"][row]]
+        found["accuracy"].append(scores.best_choice(losses) == correct)
+        found["accuracy_norm"].append(scores.best_choice(losses, lengths) == correct)
+        found["choice_probability"].append(scores.choice_probability(losses, correct))
+    return {name: scores.mean(values) for name, values in found.items()}
 
 
 def without_words(log: Log) -> dict[str, dict[str, int]]:
@@ -175,7 +191,7 @@ def columns(found: Mapping[str, Any]) -> dict[str, Any]:
     values = {
         f"{kind} {task_of(name)[1]}": found[name][key]
         for name in sets_of(found)
-        for key, kind in KINDS.items()
+        for key, kind in (KINDS | MORE_KINDS).items()
         if key in found[name]
     } | {"Model Utility": found["model_utility"]}
     return {key: "not available" if np.isnan(value) else value for key, value in values.items()}
