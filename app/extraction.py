@@ -61,9 +61,14 @@ def evaluate(
             found = progress.part(f"similar_{name}_{data}", partial(similar_of, path, data))
             for row, value in zip(measured[name][data], found, strict=True):
                 row["ps_similar"] = value
+    norms_of = partial(measure_gradnorm, models, rows)
+    if settings.gradnorm and rows["holdout"]:
+        add_gradnorm(measured["unlearned"], progress.part("gradnorm_unlearned", partial(norms_of, target.path)))
     retain = None
     if settings.retain_path is not None:
         retain = progress.part("retain_model", partial(of, settings.retain_path, True))
+        if settings.gradnorm and rows["holdout"]:
+            add_gradnorm(retain, progress.part("gradnorm_retain_model", partial(norms_of, settings.retain_path)))
         if settings.retain_path not in (settings.original_path, target.path):
             models.drop(settings.retain_path)
         for data in ("forget", "holdout"):
@@ -121,6 +126,22 @@ def measure_similar(models: evaluating.Models, rows: dict[str, Rows], path: str,
 
     how = models.at(path)
     return ps_similar(how, models.tokenize(rows[data]), what=f"similar, {Path(path).name}")
+
+
+def measure_gradnorm(models: evaluating.Models, rows: dict[str, Rows], path: str) -> dict[str, list[float]]:
+    from unlearn.passes.gradients import gradient_norms
+
+    how = models.at(path)
+    names = ("forget", "holdout")
+    flat = models.tokenize([row for name in names for row in rows[name]])
+    found = gradient_norms(how, flat, f"gradients, {Path(path).name}")
+    return {"forget": found[: len(rows["forget"])], "holdout": found[len(rows["forget"]) :]}
+
+
+def add_gradnorm(measured: dict[str, Rows], norms: dict[str, list[float]]) -> None:
+    for name, values in norms.items():
+        for row, value in zip(measured[name], values, strict=True):
+            row["gradnorm"] = value
 
 
 def search_control(

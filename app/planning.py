@@ -54,7 +54,9 @@ def tell(asked: Common) -> None:
     elif isinstance(settings, GEffects):
         needs = [plan.measuring(shape, work, optimizer=False)]
     else:
-        needs = [plan.scoring(shape, work, models=3 if isinstance(settings, EvalEverything) and settings.control else 1)]
+        everything = settings if isinstance(settings, EvalEverything) else None
+        models, gradients = (3 if everything and everything.control else 1), bool(everything and everything.gradnorm)
+        needs = [plan.scoring(shape, work, models, gradients)]
     kind = "GPU" if work.gpu else "CPU"
     print(f"{family.name}: {shape.parameters:,} parameters, {settings.plan} x {kind}, parallel={settings.parallel}")
     print(plan.table(needs))

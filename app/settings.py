@@ -337,6 +337,7 @@ class EvalTofu(Evaluation):
     epsilon: NotNegative = setting(
         0, "added to the denominators of probabilities and truth ratios; 1e-10: as open-unlearning", may_differ=True
     )
+    paraphrased: bool = setting(False, "true: also probability and ROUGE after the paraphrased questions, where rows have them")
     ds_size: Count | None = setting(300, "rows of each set at most; null: all")
     method_name: str | None = setting(None, "in aggregate_stat.csv; null: the run's folder", may_differ=True)
     submitted_by: str | None = setting(None, "in aggregate_stat.csv", may_differ=True)
@@ -352,6 +353,9 @@ class EvalEverything(Evaluation):
     ps_p: Share = setting(0.9, "the bar: this times the original model's retain PS", may_differ=True)
     similar: bool = setting(False, "true: also PS similar, by real generation", may_differ=True)
     control: bool = setting(True, "search the mixing weight at which the retain PS reaches the bar", may_differ=True)
+    gradnorm: bool = setting(
+        False, "true: also the membership score gradnorm, a backward pass a forget and a holdout row", may_differ=True
+    )
     min_k: Annotated[int | float, Field(gt=0, le=1)] = setting(0.4, "the share of tokens that min-k and min-k++ look at")
     ds_size: Count | None = setting(300, "in the folder's name; PS and the others are of all rows")
 

@@ -92,6 +92,7 @@ def measure_set(
         max_new_tokens=settings.generation.max_new_tokens,
         what=name,
         rouge_tokenizer=settings.rouge_tokenizer,
+        paraphrased=settings.paraphrased and answers,
     )
 
 
@@ -201,6 +202,7 @@ def definitions(settings: EvalTofu | Aggregate) -> dict[str, Any]:
         "probability": f"exp(-mean loss of the answer's tokens, end-of-sequence counted, {tag})",
         "truth_ratio": f"{settings.truth_ratio}, epsilon {settings.epsilon}",
         "rouge": f"ROUGE-L recall of the greedy answer, with stemming, {words}; an answer without words has none",
+        "paraphrased": "probability and ROUGE of the answer itself after the paraphrased question (paraphrased=true)",
         "accuracy": "of multiple choices: how often the right one has the largest probability, end-of-sequence not counted;"
         " accuracy_norm: the largest log-probability over its characters; choice_probability: among the choices",
         "model_utility": "harmonic mean of the nine scores of retain, real_authors and real_world",

@@ -109,7 +109,7 @@ def test_what_may_differ() -> None:
     assert marked(Evaluation, "may_differ") == of_results
     scored = {"retain_result", "original_path", "truth_ratio", "epsilon", "method_name", "submitted_by"}
     assert marked(EvalTofu, "may_differ") == of_results | scored
-    assert marked(EvalEverything, "may_differ") == of_results | {"ps_p", "similar", "control"}
+    assert marked(EvalEverything, "may_differ") == of_results | {"ps_p", "similar", "control", "gradnorm"}
     measured = {"model_path_cur", "step", "tokens", "positions", "sweep", "batch_size", "parallel", "gradient_checkpointing"}
     assert marked(GEffects, "may_differ") == measured | {"tokens_per_batch", "save_dir", "output_dir", "debug"}
 

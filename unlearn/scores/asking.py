@@ -27,6 +27,7 @@ def measure_task(
     max_new_tokens: int | None = None,
     what: str = "",
     rouge_tokenizer: str = "ascii",
+    paraphrased: bool = False,
 ) -> dict[str, Any]:
     """One set's log: {key: {row: value}} as TOFU has it.
 
@@ -39,6 +40,7 @@ def measure_task(
         answers: also what the model answers; without, the log has the losses, and empty texts.
         max_length, max_new_tokens: of the greedy answers (see `greedy_answers`).
         rouge_tokenizer: see `scores.rouge_recalls`; a row whose answer has no word for it has the recall None.
+        paraphrased: also the answer's loss, and what the model answers, after `paraphrased_question`, where all rows have it.
     """
     texts = [
         [row["answer"], row.get("paraphrased_answer") or row["answer"], *(row.get("perturbed_answer") or ())] for row in rows
@@ -68,6 +70,9 @@ def measure_task(
             log["normalized_gt_loss"] = [-float(np.log(p)) if p else float("inf") for p in among]
     if rows and all("choices" in row for row in rows):
         log |= _choices(rows, [[of[0], *of[2:]] for of in of_row])
+    if paraphrased and rows and all(row.get("paraphrased_question") for row in rows):
+        limits = (max_length, max_new_tokens) if answers else None
+        log |= _paraphrased(how, tokenizer, rows, tokenize, limits, what, rouge_tokenizer)
     return {key: {str(i): value for i, value in enumerate(values)} for key, values in log.items()}
 
 
@@ -77,6 +82,27 @@ def _losses(name: str, forced: Sequence[Forced]) -> dict[str, list[Any]]:
         f"{name}_loss": [one.loss * len(one.labels) for one in forced],
         f"num_token_{name}": [len(one.labels) for one in forced],
     }
+
+
+def _paraphrased(
+    how: Pass,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    tokenize: Tokenize,
+    limits: tuple[int | None, int | None] | None,
+    what: str,
+    rouge_tokenizer: str,
+) -> dict[str, list[Any]]:
+    """The answer's loss after the paraphrased question; and what the model answers there, `limits` of tokens at most."""
+    again = tokenize([dict(row) | {"question": row["paraphrased_question"]} for row in rows])
+    forced = teacher_force(how, again, what=f"{what} losses, paraphrased")
+    found: dict[str, list[Any]] = {"avg_paraphrased_question_loss": [one.loss for one in forced]}
+    if limits is not None:
+        said = greedy_answers(how, again, tokenizer, forced, *limits, what=f"{what} answers, paraphrased")
+        recalls = scores.rouge_recalls(said, [row["answer"] for row in rows], rouge_tokenizer)["rougeL"]
+        found["paraphrased_question_text"] = said
+        found["paraphrased_question_rougeL_recall"] = [None if np.isnan(recall) else recall for recall in recalls]
+    return found
 
 
 def _choices(rows: Sequence[Mapping[str, Any]], forced: Sequence[Sequence[Forced]]) -> dict[str, list[Any]]:

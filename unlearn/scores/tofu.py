@@ -22,7 +22,8 @@ TASKS = {  # by set: the log's name for it, and the score tables'
 REAL = ("real_authors", "real_world")
 KINDS = {"rouge": "ROUGE", "probability": "Prob.", "truth_ratio": "Truth Ratio"}
 CHOICE_KINDS = {"accuracy": "Accuracy", "accuracy_norm": "Accuracy by Length", "choice_probability": "Choice Prob."}
-MORE_KINDS = CHOICE_KINDS  # beside TOFU's, where rows have what they are of
+PARAPHRASED_KINDS = {"paraphrased_probability": "Paraphrased Prob.", "paraphrased_rouge": "Paraphrased ROUGE"}
+MORE_KINDS = PARAPHRASED_KINDS | CHOICE_KINDS  # beside TOFU's, where they were measured
 NEEDED = ("avg_gt_loss", "rougeL_recall", "average_perturb_loss", "avg_paraphrased_loss")
 
 Log = dict[str, dict[str, Any]]
@@ -74,8 +75,7 @@ def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> 
     for name, file in tasks_of(log).items():
         task, rows = log[file], row_names(log[file])
         losses = [task["avg_gt_loss"][row] for row in rows]
-        recalls = [task["rougeL_recall"][row] for row in rows]
-        found[name] = {"rouge": scores.mean([float("nan") if recall is None else recall for recall in recalls])}
+        found[name] = {"rouge": _mean_recall(task, rows, "rougeL_recall")}
         if "average_perturb_loss" in task:
             ratios = truth_ratios(task, definition, epsilon)
             if name in REAL:
@@ -86,12 +86,21 @@ def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> 
             found[name]["truth_ratio"] = kept
         if name not in REAL:
             found[name]["probability"] = scores.mean(scores.probability(losses))
+        if "avg_paraphrased_question_loss" in task:
+            again = [task["avg_paraphrased_question_loss"][row] for row in rows]
+            found[name]["paraphrased_probability"] = scores.mean(scores.probability(again))
+            found[name]["paraphrased_rouge"] = _mean_recall(task, rows, "paraphrased_question_rougeL_recall")
         if "choice_loss" in task:
             found[name] |= _of_choices(task, rows)
         found[name]["rows"] = len(rows)
     parts = [found.get(name, {}).get(kind, float("nan")) for name in ("retain", *REAL) for kind in KINDS]
     found["model_utility"] = scores.model_utility(parts)
     return found
+
+
+def _mean_recall(task: Mapping[str, Any], rows: list[str], key: str) -> float:
+    """The mean over the rows whose answer has a word."""
+    return scores.mean([float("nan") if (recall := task[key][row]) is None else recall for row in rows])
 
 
 def _of_choices(task: Mapping[str, Any], rows: list[str]) -> dict[str, float]:
