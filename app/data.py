@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.benchmark import Benchmark
-from app.forms import SUFFIXES, find_file, in_form, read_rows
+from app.forms import SUFFIXES, find_file, in_form, pieces, read_rows
 from app.places import IDK
 from app.settings import Common
 from unlearn.io.weights import hash_file
@@ -23,6 +23,7 @@ Rows = list[dict[str, Any]]
 PLACE = "_place"  # of a row: in which set or file it is, and where there
 TEXTS = ("question", "answer")  # of a row, that training reads
 PERTURBED = ("paraphrased_answer", "perturbed_answer")
+CONTINUED = ("prompt", "gt")  # of a row that is a text and how it goes on
 ALL_TEXTS = (*TEXTS, "paraphrased_question", *PERTURBED)  # that an evaluation reads
 FILES = ("forget_data", "retain_data")  # settings that name a file, and are the names of sets
 UNLIKELY = re.compile("[\ud800-\udfff]")  # half a surrogate pair
@@ -52,7 +53,7 @@ class Data:
         """The rows of a set, each with its place as the user knows it."""
         where = str(getattr(self, name)) if name in FILES else f"split {name}"
         places = ((f"{where}, row {number}", row) for number, row in enumerate(self._read(name), start=1))
-        return [self._named(row, place) | {PLACE: place} for place, row in places]
+        return [one | {PLACE: place} for place, row in places for one in self._named(row, place)]
 
     def at_hand(self, name: str) -> Rows | None:
         """The rows of a set that is a file, None of any other."""
@@ -67,20 +68,32 @@ class Data:
             return read_rows(self.file(name))
         return [row for place in self.benchmark.hub.get(name, [name]) for row in self._of_hub(place)]
 
+    def source(self, name: str) -> str:
+        """Where a set is that is no file: in `data_path`, or in the benchmark's own, which has what a folder lacks."""
+        own, lacking = self.benchmark.data_path, Path(self.data_path).is_dir() and not self._parquets(name)
+        return own if own is not None and self.benchmark.lacking and lacking else self.data_path
+
+    def _parquets(self, name: str) -> list[Path]:
+        return sorted(Path(self.data_path).glob(f"**/{name}*.parquet"))
+
     def _of_hub(self, place: str) -> Rows:
         """The rows of <subset>, its split `train`, of <subset>/<split>, or of the lists in a column of that."""
         from datasets import load_dataset
 
         subset, split, *column = [*place.split("/"), "train"][: max(2, place.count("/") + 1)]
-        found = load_dataset(self.data_path, subset, split=split).to_list()
+        found = load_dataset(self.source(subset), subset, split=split).to_list()
         return [row for of in found for row in of[column[0]]] if column else found
 
-    def _named(self, row: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """The row as it is used here. Raises ValueError where its answer is none of its choices."""
+    def _named(self, row: Mapping[str, Any], place: str) -> Rows:
+        """The row as it is used here, a long text in pieces. Raises ValueError where its answer is none of its choices."""
         try:
-            return in_form(row, {**self.benchmark.columns, **self.columns})
+            found = in_form(row, {**self.benchmark.columns, **self.columns})
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
+        size, text = self.benchmark.piece, found.get("text")
+        if size is None or "question" in found or not isinstance(text, str):
+            return [found]
+        return [found | {"text": part} for part in pieces(text, size)]
 
     def check(self, name: str, also: Sequence[str] = ()) -> int | None:
         """How many rows a set has, None where only reading it can tell. Raises ValueError where it is not there, or wrong."""
@@ -89,13 +102,16 @@ class Data:
             return check_rows(f"{key}={self.file(name)}", self.file(name), also, self._named)
         if self.benchmark.read is not None:
             return None
-        if Path(self.data_path).is_dir() and not any(Path(self.data_path).glob(f"**/{name}*.parquet")):
-            there = ", ".join(sorted(file.stem for file in Path(self.data_path).glob("*") if file.suffix in SUFFIXES))
-            raise ValueError(f"split={name}: data_path={self.data_path} has no {name}.json; there are {there or 'no splits'}")
-        if not Path(self.data_path).is_dir() and not on_hub(self.data_path, "dataset"):
+        source = self.source(name)
+        if Path(source).is_dir() and not self._parquets(name):
+            files = Path(self.data_path).glob("/".join("*" for _ in name.split("/")))
+            names = (file.relative_to(self.data_path).with_suffix("").as_posix() for file in files if file.suffix in SUFFIXES)
+            there = ", ".join(sorted(names)) or "no splits"
+            raise ValueError(f"split={name}: data_path={self.data_path} has no {name}.json; there are {there}")
+        if not Path(source).is_dir() and not on_hub(source, "dataset"):
             copy = f"offline? give a local copy of {self.benchmark.name.upper()}"
             why = f"no such folder, and no data set that the hub gives ({copy})"
-            raise ValueError(f"data_path={self.data_path}: {why}")
+            raise ValueError(f"data_path={source}: {why}")
         return None
 
     def hashes(self, names: Iterable[str], texts: Sequence[str] = TEXTS) -> dict[str, str]:
@@ -108,7 +124,7 @@ class Data:
         for name in names:
             if self.benchmark.read is not None or self.file(name).is_file():
                 found[name] = hash_rows(self.rows(name), texts)
-            elif parts := sorted(Path(self.data_path).glob(f"**/{name}*.parquet")):
+            elif parts := self._parquets(name):
                 found[name] = hash_text("".join(map(hash_file, parts)))
         return found
 
@@ -242,20 +258,22 @@ def check_rows(
     what: str,
     file: Path,
     also: Sequence[str] = (),
-    named: Callable[[Mapping[str, Any], str], dict[str, Any]] = lambda row, _: dict(row),
+    named: Callable[[Mapping[str, Any], str], Rows] = lambda row, _: [dict(row)],
 ) -> int:
     """How many rows a file has. Raises ValueError where one is no question and answer, nor a text, or there is none.
 
     Args:
         what: the setting and the file, for the line.
         also: what its rows need beside.
-        named: a row, and its place, as it is used here.
+        named: a row, and its place, as it is used here: in one row, or several.
     """
     if not file.is_file():
         raise ValueError(f"{what}: no such file")
-    rows = [named(row, f"{what}, row {number}") for number, row in enumerate(read_rows(file), start=1)]
-    for number, row in enumerate(rows, start=1):
-        needed = ("text",) if "text" in row and "question" not in row else (*TEXTS, *also)
+    read = enumerate(read_rows(file), start=1)
+    rows = [(number, one) for number, row in read for one in named(row, f"{what}, row {number}")]
+    for number, row in rows:
+        others = () if "question" in row else [form for form in (("text",), CONTINUED) if form[-1] in row]
+        needed = others[0] if others else (*TEXTS, *also)
         if missing := [name for name in needed if row.get(name) is None]:
             kinds = {name: type(value).__name__ for name, value in row.items()}
             raise ValueError(f"{what}, row {number}: needs {' and '.join(map(repr, missing))}, and has {kinds}")

@@ -19,7 +19,6 @@ from utils import be_deterministic
 
 Some = TypeVar("Some", bound=Common)
 Of = TypeVar("Of", GEffects, Evaluation)
-MAX_LENGTH = 500
 
 
 def with_family(settings: Some) -> tuple[Some, Family]:
@@ -47,6 +46,7 @@ def with_family(settings: Some) -> tuple[Some, Family]:
         more["gradient_checkpointing"] = family.gradient_checkpointing
     be_deterministic(settings.deterministic)
     more["save_dir"] = settings.save_dir or None
+    more["max_length"] = settings.max_length or benchmark.max_length
     return settings.model_copy(update=more), replace(family, hf_key=hf_key, data_path=data_path)
 
 
@@ -140,7 +140,7 @@ def of_checkpoint(settings: EvaluationOf) -> EvaluationOf:
         update={
             "split": split.removesuffix("_perturbed"),
             "benchmark": of,
-            "max_length": filled.max_length or MAX_LENGTH,
+            "max_length": filled.max_length or of.max_length,
             "loss_on_answer_tag": bool(filled.loss_on_answer_tag),
         }
     )

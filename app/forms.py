@@ -1,11 +1,13 @@
 """The forms of a data set's rows: question and answer, multiple choice, plain text; as files have them, and as they are used.
 
 Used are the texts `question` and `answer`, or `text` alone. Of a multiple choice `answer` is the right choice's text and
-`perturbed_answer` the others'; `choices` and `correct`, the right one's number, stay beside.
+`perturbed_answer` the others'; `choices` and `correct`, the right one's number, stay beside. (A text and how it goes on,
+`prompt` and `gt`, is what a benchmark's own scores may read.)
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -23,13 +25,14 @@ def find_file(folder: Path, name: str) -> Path:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """A file's rows as they stand there; a text file's paragraphs, which empty lines separate, as `text`.
+    """A file's rows as they stand there; the texts of an array of texts, and a text file's paragraphs, which empty lines
+    separate, as `text`.
 
     Raises:
         ValueError: it is neither lines of JSON nor one array, nor UTF-8 text; or it has no rows.
     """
     if file.suffix != ".txt":
-        return read_jsonl(file)
+        return _texts(file) or read_jsonl(file)
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # str.splitlines would cut at U+2028, too
     except UnicodeDecodeError as error:
@@ -38,6 +41,28 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     if not texts:
         raise ValueError(f"{file}: no text")
     return [{"text": text} for text in texts]
+
+
+def _texts(file: Path) -> list[dict[str, Any]]:
+    """The rows of one array of texts; none where the file is something else."""
+    with file.open("rb") as stream:
+        if not stream.read(1024).lstrip().startswith(b"["):
+            return []
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError:
+        return []
+    return [{"text": text} for text in found] if found and all(isinstance(text, str) for text in found) else []
+
+
+def pieces(text: str, size: int) -> list[str]:
+    """The text in pieces of at most `size` characters, cut at the last white space that does not halve a piece."""
+    found = []
+    while len(text) > size:
+        at = next((i for i in range(size, size // 2, -1) if text[i].isspace()), size)
+        found.append(text[:at])
+        text = text[at:].lstrip()
+    return [*found, text] if text or not found else found
 
 
 def in_form(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

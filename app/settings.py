@@ -182,7 +182,7 @@ class Common(Settings):
     parallel: Literal["ddp", "fsdp"] = setting(
         "ddp", "fsdp: under torchrun weights, gradients and optimiser state in shards, one on each process", named=False
     )
-    max_length: Length = setting(500, "tokens a row keeps at most")
+    max_length: Length = setting(None, "tokens a row keeps at most; null: the benchmark's, 500 as a rule")
     loss_on_answer_tag: bool = setting(False, "true: the answer tag carries loss too, as in TOFU's own code")
     save_dir: str | None = setting(None, "the run's own folder; null: named after its settings", named=False, may_differ=True)
     deterministic: bool = setting(
@@ -308,7 +308,7 @@ class Evaluation(Common):
     original_path: str | None = setting(None, "the model before unlearning")
     retain_path: str | None = setting(None, "the model trained on the retain split only", may_differ=True)
     retain_holdout: Count | None = setting(None, "how many held-out retain rows; null: the run's", inherited=True)
-    max_length: Length = setting(None, "tokens a row keeps at most; null: the run's, else 500", inherited=True)
+    max_length: Length = setting(None, "tokens a row keeps at most; null: the run's, else the benchmark's", inherited=True)
     loss_on_answer_tag: bool = setting(None, "null: the run's", inherited=True)
     batch_size: Count | None = setting(
         None, "rows at once at most, which changes nothing but speed and memory; null: 16 on a CPU", may_differ=True

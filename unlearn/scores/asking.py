@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,27 @@ from unlearn.passes.forcing import Forced, Pass, prompt_length, teacher_force
 from unlearn.scores import definitions as scores
 
 Tokenize = Callable[[Sequence[Mapping[str, Any]]], list[Row]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model that a benchmark's own scores are of: how it is run, and its tokenizer."""
+
+    how: Pass
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a benchmark's own score gives.
+
+    Attributes:
+        totals: numbers by what is behind the score's name; "" for the score itself.
+        rows: a line each, for a table.
+    """
+
+    totals: dict[str, float]
+    rows: list[dict[str, Any]]
 
 
 def measure_task(

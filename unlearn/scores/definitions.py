@@ -118,6 +118,15 @@ def rouge_recalls(answers: Sequence[str], truths: Sequence[str], rouge_tokenizer
     return {kind: [row[kind].recall if row is not None else float("nan") for row in found] for kind in ("rouge1", "rougeL")}
 
 
+def rouge_f1(answers: Sequence[str], truths: Sequence[str]) -> dict[str, list[float]]:
+    """Each row's `rouge1` and `rougeL` F1 without stemming, as MUSE has them (arXiv 2407.06460): 0 where one has no word."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    found = [scorer.score(truth, answer) for answer, truth in zip(answers, truths, strict=True)]
+    return {kind: [row[kind].fmeasure for row in found] for kind in ("rouge1", "rougeL")}
+
+
 def _rouge_words(rouge_tokenizer: str) -> Any:
     """What rouge-score takes as its tokenizer."""
     from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
@@ -233,6 +242,14 @@ def privleak(auc_model: float, auc_retain: float) -> float:
     Below 0 the forget rows still look like members, above 0 they look forgotten too thoroughly.
     """
     return 100 * (auc_retain - auc_model) / (1 - auc_retain + OPEN_UNLEARNING)
+
+
+def relative_auc(auc_model: float, auc_retain: float) -> float:
+    """100 (AUC - AUC_retain) / AUC_retain, PrivLeak as arXiv 2407.06460 prints it; nan where AUC_retain is 0.
+
+    Which PrivLeak that is depends on what AUC is of; `privleak` is this of 1 - AUC, with an epsilon.
+    """
+    return 100 * (auc_model - auc_retain) / auc_retain if auc_retain else float("nan")
 
 
 # ---- over rows ----
