@@ -25,6 +25,8 @@ from app.settings import EvalEverything
 
 def prepare(settings: EvalEverything) -> tuple[EvalEverything, Family]:
     """The settings with what the run and the family decide; refuses what cannot work before anything is loaded."""
+    if settings.gradnorm and settings.parallel == "fsdp":
+        raise ValueError("gradnorm=true: needs whole gradients on every process; parallel=ddp has them, parallel=fsdp has not")
     settings, family = evaluating.prepare(settings)
     original = evaluating.original_of(settings) or original_model(settings, family, "original_path")
     check_checkpoint("original_path", original)

@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node=1 --master_port=18765 tofu_evaluation.py split=forget05 model_family=phi model_path=CKPT
     python tofu_evaluation.py model_path=RUN retain_path=RETAIN
+    python tofu_evaluation.py benchmark=muse_news model_family=Llama-2-7b-hf split=forget model_path=CKPT retain_path=RETRAIN
     python tofu_evaluation.py --config-name=aggregate_eval_stat ckpt_result=A retain_result=B save_file=C
 
-The last scores two logs in TOFU's format, with no model.
+Of a benchmark with scores of its own, as MUSE, those. The last scores two logs in TOFU's format, with no model.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from app.checks import check_folder
 from app.data import PERTURBED, Rows, asked_sets, data_of
 from app.families import Family
 from app.filling import of_checkpoint
+from app.own import check_own, evaluate_own, measure_own, read_own
 from app.runs import alone
 from app.settings import Aggregate, EvalTofu
 from app.tofu import check_questions, definitions, evaluate, measure_set, quality, read_log, read_sets, report, write_statistics
-from unlearn.io.rows import read_jsonl, write_json
+from unlearn.io.rows import write_json
 from utils import say, versions
 
 
@@ -32,6 +34,13 @@ def prepare(settings: EvalTofu) -> tuple[EvalTofu, Family]:
     if settings.generation.max_length is None and settings.generation.max_new_tokens is None:
         raise ValueError("generation.max_length=null: give generation.max_new_tokens=N")
     data = data_of(settings)
+    if not settings.benchmark.own and not asked_sets(data, settings.split):
+        raise ValueError(f"benchmark={data.benchmark.name}: asks nothing (evaluation_everything.py scores texts)")
+    check_own(settings)
+    if settings.retain_result is not None and "forget" not in asked_sets(data, settings.split):
+        raise ValueError(
+            f"retain_result={settings.retain_result}: benchmark={data.benchmark.name} has no such log; give retain_path=MODEL"
+        )
     for name, of in asked_sets(data, settings.split).items():
         if of != "held_out":
             also = () if settings.forget_data else PERTURBED if name in ("forget", "retain") else PERTURBED[1:]
@@ -43,8 +52,9 @@ def prepare(settings: EvalTofu) -> tuple[EvalTofu, Family]:
 
 def rows_at_hand(settings: EvalTofu) -> Rows | None:
     """The forget rows that will be asked, None where only `datasets` has them."""
-    file = data_of(settings).file(asked_sets(data_of(settings), settings.split)["forget"])
-    return read_jsonl(file)[: settings.ds_size] if file.exists() else None
+    data = data_of(settings)
+    found = data.at_hand(asked_sets(data, settings.split)["forget"])
+    return None if found is None else found[: settings.ds_size]
 
 
 def run(settings: EvalTofu | Aggregate) -> Path | None:
@@ -58,11 +68,16 @@ def run(settings: EvalTofu | Aggregate) -> Path | None:
     sets = read_sets(settings)
     if settings.retain_result is not None:
         check_questions(settings, sets["forget"])
-    measure = functools.cache(functools.partial(measure_set, settings, evaluating.Models(settings, family), sets))
+    models, own = evaluating.Models(settings, family), read_own(settings)
+    measure = functools.cache(functools.partial(measure_set, settings, models, sets))
+    of_own = functools.cache(functools.partial(measure_own, settings, models, own))
     targets = evaluating.targets(settings)
     for target in targets:
         with alone(target.folder):
-            evaluate(settings, target, sets, measure)
+            if sets:
+                evaluate(settings, target, sets, measure)
+            if own:
+                evaluate_own(settings, target, own, of_own)
     evaluating.draw_run(targets)
     return targets[-1].folder
 

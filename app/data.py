@@ -8,20 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from app.benchmark import Benchmark
+from app.forms import SUFFIXES, find_file, in_form, pieces, read_rows
 from app.places import IDK
-from app.settings import Benchmark, Common
-from unlearn.io.rows import read_jsonl
+from app.settings import Common
 from unlearn.io.weights import hash_file
 
 Rows = list[dict[str, Any]]
 PLACE = "_place"  # of a row: in which set or file it is, and where there
 TEXTS = ("question", "answer")  # of a row, that training reads
 PERTURBED = ("paraphrased_answer", "perturbed_answer")
+CONTINUED = ("prompt", "gt")  # of a row that is a text and how it goes on
 ALL_TEXTS = (*TEXTS, "paraphrased_question", *PERTURBED)  # that an evaluation reads
 FILES = ("forget_data", "retain_data")  # settings that name a file, and are the names of sets
 UNLIKELY = re.compile("[\ud800-\udfff]")  # half a surrogate pair
@@ -35,12 +37,13 @@ class Data:
     data_path: str
     forget_data: str | None = None
     retain_data: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)  # what its rows call `question`, ...
 
     def file(self, name: str) -> Path:
         """Of a set, or of the sentences of `method=idk`; it need not exist."""
         if name == IDK.stem:
             return IDK
-        return Path(getattr(self, name)) if name in FILES else Path(self.data_path, f"{name}.json")
+        return Path(getattr(self, name)) if name in FILES else find_file(Path(self.data_path), name)
 
     def place(self, name: str) -> str:
         """A key with its value, or a set with its file."""
@@ -49,7 +52,12 @@ class Data:
     def rows(self, name: str) -> Rows:
         """The rows of a set, each with its place as the user knows it."""
         where = str(getattr(self, name)) if name in FILES else f"split {name}"
-        return [row | {PLACE: f"{where}, row {number}"} for number, row in enumerate(self._read(name), start=1)]
+        places = ((f"{where}, row {number}", row) for number, row in enumerate(self._read(name), start=1))
+        return [one | {PLACE: place} for place, row in places for one in self._named(row, place)]
+
+    def at_hand(self, name: str) -> Rows | None:
+        """The rows of a set that is a file, None of any other."""
+        return self.rows(name) if self.file(name).exists() else None
 
     def _read(self, name: str) -> Rows:
         if self.benchmark.read is not None:
@@ -57,15 +65,35 @@ class Data:
 
             return [dict(row) for row in instantiate(self.benchmark.read)(self.data_path, name)]
         if self.file(name).exists() or name in FILES:
-            return [self._named(row) for row in read_jsonl(self.file(name))]
+            return read_rows(self.file(name))
+        return [row for place in self.benchmark.hub.get(name, [name]) for row in self._of_hub(place)]
+
+    def source(self, name: str) -> str:
+        """Where a set is that is no file: in `data_path`, or in the benchmark's own, which has what a folder lacks."""
+        own, lacking = self.benchmark.data_path, Path(self.data_path).is_dir() and not self._parquets(name)
+        return own if own is not None and self.benchmark.lacking and lacking else self.data_path
+
+    def _parquets(self, name: str) -> list[Path]:
+        return sorted(Path(self.data_path).glob(f"**/{name}*.parquet"))
+
+    def _of_hub(self, place: str) -> Rows:
+        """The rows of <subset>, its split `train`, of <subset>/<split>, or of the lists in a column of that."""
         from datasets import load_dataset
 
-        return [self._named(row) for row in load_dataset(self.data_path, name, split="train").to_list()]
+        subset, split, *column = [*place.split("/"), "train"][: max(2, place.count("/") + 1)]
+        found = load_dataset(self.source(subset), subset, split=split).to_list()
+        return [row for of in found for row in of[column[0]]] if column else found
 
-    def _named(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with the names that are used here."""
-        ours = {theirs: name for name, theirs in self.benchmark.columns.items()}
-        return {ours.get(key, key): value for key, value in row.items()}
+    def _named(self, row: Mapping[str, Any], place: str) -> Rows:
+        """The row as it is used here, a long text in pieces. Raises ValueError where its answer is none of its choices."""
+        try:
+            found = in_form(row, {**self.benchmark.columns, **self.columns})
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        size, text = self.benchmark.piece, found.get("text")
+        if size is None or "question" in found or not isinstance(text, str):
+            return [found]
+        return [found | {"text": part} for part in pieces(text, size)]
 
     def check(self, name: str, also: Sequence[str] = ()) -> int | None:
         """How many rows a set has, None where only reading it can tell. Raises ValueError where it is not there, or wrong."""
@@ -74,13 +102,16 @@ class Data:
             return check_rows(f"{key}={self.file(name)}", self.file(name), also, self._named)
         if self.benchmark.read is not None:
             return None
-        if Path(self.data_path).is_dir() and not any(Path(self.data_path).glob(f"**/{name}*.parquet")):
-            there = ", ".join(sorted(file.stem for file in Path(self.data_path).glob("*.json")))
-            raise ValueError(f"split={name}: data_path={self.data_path} has no {name}.json; there are {there or 'no splits'}")
-        if not Path(self.data_path).is_dir() and not on_hub(self.data_path, "dataset"):
+        source = self.source(name)
+        if Path(source).is_dir() and not self._parquets(name):
+            files = Path(self.data_path).glob("/".join("*" for _ in name.split("/")))
+            names = (file.relative_to(self.data_path).with_suffix("").as_posix() for file in files if file.suffix in SUFFIXES)
+            there = ", ".join(sorted(names)) or "no splits"
+            raise ValueError(f"split={name}: data_path={self.data_path} has no {name}.json; there are {there}")
+        if not Path(source).is_dir() and not on_hub(source, "dataset"):
             copy = f"offline? give a local copy of {self.benchmark.name.upper()}"
             why = f"no such folder, and no data set that the hub gives ({copy})"
-            raise ValueError(f"data_path={self.data_path}: {why}")
+            raise ValueError(f"data_path={source}: {why}")
         return None
 
     def hashes(self, names: Iterable[str], texts: Sequence[str] = TEXTS) -> dict[str, str]:
@@ -92,15 +123,16 @@ class Data:
         found = {}
         for name in names:
             if self.benchmark.read is not None or self.file(name).is_file():
-                found[name] = hash_rows(self._read(name), texts)
-            elif parts := sorted(Path(self.data_path).glob(f"**/{name}*.parquet")):
+                found[name] = hash_rows(self.rows(name), texts)
+            elif parts := self._parquets(name):
                 found[name] = hash_text("".join(map(hash_file, parts)))
         return found
 
 
 def data_of(settings: Common) -> Data:
     assert settings.data_path is not None
-    return Data(settings.benchmark, settings.data_path, settings.forget_data, settings.retain_data)
+    given = {name: theirs for name, theirs in settings.columns.model_dump().items() if theirs is not None}
+    return Data(settings.benchmark, settings.data_path, settings.forget_data, settings.retain_data, given)
 
 
 # ---- uses ----
@@ -164,7 +196,7 @@ def how_many_held_out(benchmark: Benchmark, retain: int, given: int | None, firs
 
 def asked_sets(data: Data, split: str) -> dict[str, str]:
     """The sets that tofu_evaluation.py asks, by what its tables call them; `held_out`: the held-out rows to keep."""
-    return {name: of.format(split=split) for name, of in data.benchmark.asked.items()}
+    return {name: of.format(split=split) for name, of in (data.benchmark.asked | data.benchmark.also).items()}
 
 
 def set_with_perturbed(data: Data, split: str, name: str, rows: Rows) -> Rows:
@@ -222,19 +254,26 @@ def check_perturbed(data: Data, split: str) -> None:
         data.check(name.format(split=split), also=PERTURBED)
 
 
-def check_rows(what: str, file: Path, also: Sequence[str] = (), named: Any = dict) -> int:
+def check_rows(
+    what: str,
+    file: Path,
+    also: Sequence[str] = (),
+    named: Callable[[Mapping[str, Any], str], Rows] = lambda row, _: [dict(row)],
+) -> int:
     """How many rows a file has. Raises ValueError where one is no question and answer, nor a text, or there is none.
 
     Args:
         what: the setting and the file, for the line.
         also: what its rows need beside.
-        named: a row with the names that are used here.
+        named: a row, and its place, as it is used here: in one row, or several.
     """
     if not file.is_file():
         raise ValueError(f"{what}: no such file")
-    rows = [named(row) for row in read_jsonl(file)]
-    for number, row in enumerate(rows, start=1):
-        needed = ("text",) if "text" in row and "question" not in row else (*TEXTS, *also)
+    read = enumerate(read_rows(file), start=1)
+    rows = [(number, one) for number, row in read for one in named(row, f"{what}, row {number}")]
+    for number, row in rows:
+        others = () if "question" in row else [form for form in (("text",), CONTINUED) if form[-1] in row]
+        needed = others[0] if others else (*TEXTS, *also)
         if missing := [name for name in needed if row.get(name) is None]:
             kinds = {name: type(value).__name__ for name, value in row.items()}
             raise ValueError(f"{what}, row {number}: needs {' and '.join(map(repr, missing))}, and has {kinds}")

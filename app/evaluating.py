@@ -62,7 +62,10 @@ def prepare(settings: Some) -> tuple[Some, Family]:
     if not run_checkpoints(Path(settings.model_path)):
         check_checkpoint("model_path", settings.model_path)
     settings, family = with_family(of_checkpoint(settings))
-    check_unlearning_data(data_of(settings), settings.split, settings.retain_holdout)
+    data = data_of(settings)
+    check_unlearning_data(data, settings.split, settings.retain_holdout)
+    for further in settings.benchmark.also.values():
+        data.check(further)
     found = {key: find_path(path) for key in ("original_path", "retain_path") if (path := getattr(settings, key)) is not None}
     for key, path in found.items():
         check_checkpoint(key, path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from app import evaluating
 from app.data import ALL_TEXTS, TEXTS, Rows, data_of, hash_rows, set_with_perturbed, unlearning_data
-from app.extraction_tables import no_holdout, report, totals, write
+from app.extraction_tables import no_holdout, report, scored, totals, write
 from app.settings import EvalEverything
 from utils import is_main_process, say
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def read_rows(settings: EvalEverything) -> dict[str, Rows]:
-    """The forget rows, the held-out retain rows, both with their paraphrased questions, and rows that nobody trained on."""
+    """The forget rows, the held-out retain rows, both with their paraphrased questions, rows that nobody trained on, and the
+    benchmark's further sets."""
     data = data_of(settings)
     found = unlearning_data(data, settings.split, settings.retain_holdout)
     unseen = data.benchmark.unlearn[settings.split].unseen
@@ -26,13 +27,13 @@ def read_rows(settings: EvalEverything) -> dict[str, Rows]:
         "forget": set_with_perturbed(data, settings.split, "forget", found.forget),
         "retain": set_with_perturbed(data, settings.split, "retain", found.held_out),
         "holdout": data.rows(unseen) if unseen is not None and no_holdout(settings) is None else [],
-    }
+    } | {name: data.rows(of) for name, of in data.benchmark.also.items()}
 
 
 def hash_data(settings: EvalEverything, rows: dict[str, Rows]) -> dict[str, str]:
     """A hash of each set's rows, as far as they are read."""
     of, sets = settings.benchmark, settings.benchmark.unlearn[settings.split]
-    own = {"forget": sets.forget[0], "retain": of.held_out.rows or sets.retain[0], "holdout": sets.unseen}
+    own = {"forget": sets.forget[0], "retain": of.held_out.rows or sets.retain[0], "holdout": sets.unseen} | of.also
     perturbed = {name: split.format(split=settings.split) for name, split in of.perturbed.items()}
     if not perturbed:
         return {name: hash_rows(rows[role], ALL_TEXTS) for role, name in own.items() if name is not None}
@@ -56,13 +57,18 @@ def evaluate(
     measured: dict[str, dict[str, Rows]] = {}
     for name, path in (("original", settings.original_path), ("unlearned", target.path)):
         measured[name] = progress.part(name, partial(of, path, name == "unlearned"))
-        for data in ("forget", "retain") if settings.similar else ():
+        for data in scored(settings) if settings.similar else ():
             found = progress.part(f"similar_{name}_{data}", partial(similar_of, path, data))
             for row, value in zip(measured[name][data], found, strict=True):
                 row["ps_similar"] = value
+    norms_of = partial(measure_gradnorm, models, rows)
+    if settings.gradnorm and rows["holdout"]:
+        add_gradnorm(measured["unlearned"], progress.part("gradnorm_unlearned", partial(norms_of, target.path)))
     retain = None
     if settings.retain_path is not None:
         retain = progress.part("retain_model", partial(of, settings.retain_path, True))
+        if settings.gradnorm and rows["holdout"]:
+            add_gradnorm(retain, progress.part("gradnorm_retain_model", partial(norms_of, settings.retain_path)))
         if settings.retain_path not in (settings.original_path, target.path):
             models.drop(settings.retain_path)
         for data in ("forget", "holdout"):
@@ -103,7 +109,11 @@ def measure(
         found[name] = []
         for row in given:
             one: Forced = next(forced)
-            more = membership(one, row.get("answer") or row["text"], k=settings.min_k) if privacy and name != "retain" else {}
+            more = (
+                membership(one, row.get("answer") or row["text"], k=settings.min_k)
+                if privacy and name in ("forget", "holdout")
+                else {}
+            )
             found[name].append(knowledge(one) | more)
     for name in ("forget", "retain"):
         for row, into in zip(rows[name], found[name], strict=True):
@@ -116,6 +126,22 @@ def measure_similar(models: evaluating.Models, rows: dict[str, Rows], path: str,
 
     how = models.at(path)
     return ps_similar(how, models.tokenize(rows[data]), what=f"similar, {Path(path).name}")
+
+
+def measure_gradnorm(models: evaluating.Models, rows: dict[str, Rows], path: str) -> dict[str, list[float]]:
+    from unlearn.passes.gradients import gradient_norms
+
+    how = models.at(path)
+    names = ("forget", "holdout")
+    flat = models.tokenize([row for name in names for row in rows[name]])
+    found = gradient_norms(how, flat, f"gradients, {Path(path).name}")
+    return {"forget": found[: len(rows["forget"])], "holdout": found[len(rows["forget"]) :]}
+
+
+def add_gradnorm(measured: dict[str, Rows], norms: dict[str, list[float]]) -> None:
+    for name, values in norms.items():
+        for row, value in zip(measured[name], values, strict=True):
+            row["gradnorm"] = value
 
 
 def search_control(

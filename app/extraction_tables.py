@@ -14,6 +14,18 @@ from utils import say
 ON_ROWS = ("loss", "ps_exact", "ps_perturb", "ps_similar", "exact_memorization", "extraction_strength")
 
 
+def scored(settings: EvalEverything) -> list[str]:
+    """The sets of which PS and memorisation are told."""
+    return ["forget", "retain", *settings.benchmark.also]
+
+
+def attacks(settings: EvalEverything) -> list[str]:
+    """The membership scores that are measured."""
+    from unlearn.scores.extraction import ATTACKS, GRADNORM
+
+    return [*ATTACKS, *([GRADNORM] if settings.gradnorm else [])]
+
+
 def no_holdout(settings: EvalEverything) -> str | None:
     """Why there are no rows never trained on, None where there are some."""
     data = data_of(settings)
@@ -40,7 +52,7 @@ def totals(
         model: {
             data: {key: mean_of(rows[data], key) for key in ON_ROWS if settings.similar or key != "ps_similar"}
             | {"rows": len(rows[data])}
-            for data in ("forget", "retain")
+            for data in scored(settings)
         }
         for model, rows in measured.items()
     }
@@ -87,7 +99,7 @@ def write(
     lines = [
         {"model": model, "data": data, "row": i} | row
         for model, rows in measured.items()
-        for data in ("forget", "retain")
+        for data in scored(settings)
         for i, row in enumerate(rows[data])
     ]
     key = ("model", "data", "row")
@@ -103,10 +115,8 @@ def write(
     ]
     write_table(target.folder / "ps.csv", means)
     if no_holdout(settings) is None:
-        from unlearn.scores.extraction import ATTACKS
-
         privacy_lines = [
-            {"data": data, "row": i} | pick(row, *ATTACKS)
+            {"data": data, "row": i} | pick(row, *attacks(settings))
             for data in ("forget", "holdout")
             for i, row in enumerate(measured["unlearned"][data])
         ]
@@ -128,12 +138,10 @@ def write(
 
 def columns(settings: EvalEverything, found: dict[str, Any]) -> dict[str, Any]:
     """The scores as columns of the run's table."""
-    from unlearn.scores.extraction import ATTACKS
-
     control, privacy = (found[name] if isinstance(found[name], dict) else {} for name in ("control", "privacy"))
     aucs = privacy.get("auc", {})
     more = {f"control_{key}": control.get(key) for key in ("weight", "forget_ps", "retain_ps")}
-    more |= {f"auc_{name}": aucs.get(name) for name in ATTACKS} | {"privleak": privacy.get("privleak")}
+    more |= {f"auc_{name}": aucs.get(name) for name in attacks(settings)} | {"privleak": privacy.get("privleak")}
     numbers = {key: None if isinstance(value, str) else value for key, value in more.items()}  # not why there is none
     return {"split": settings.split} | knowledge_columns(found["ps"]["unlearned"]) | {"bar": found["bar"]} | numbers
 
@@ -163,6 +171,8 @@ def definitions(settings: EvalEverything) -> dict[str, str]:
         "auc": "P(a holdout row's score > a forget row's), ties half; 1: the forget rows look like members",
         "zlib": "loss over the bytes of the compressed answer",
         "min_k": f"k = {settings.min_k}, end-of-sequence not counted; min_k_plus_plus likewise",
+        "gradnorm": "gradnorm=true: mean over parameter tensors of the L2 norm of the gradient of the answer's mean loss,"
+        " end-of-sequence not counted",
         "privleak": "100 (AUC_retain - AUC) / (1 - AUC_retain) of min_k",
     }
 

@@ -27,6 +27,7 @@ Positive = Annotated[int | float, Field(gt=0), AfterValidator(_finite)]
 NotNegative = Annotated[int | float, Field(ge=0), AfterValidator(_finite)]
 Count = Annotated[int, Field(ge=1)]  # at least 1
 Whole = Annotated[int, Field(ge=0)]
+Share = Annotated[int | float, Field(ge=0, le=1)]
 
 
 class Settings(BaseModel):

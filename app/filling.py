@@ -6,19 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from app.benchmark import Benchmark
 from app.compose import given, group
 from app.families import Family, load_families, load_family
 from app.fields import marked
 from app.methods import choices
 from app.places import find_path
 from app.runs import saved_settings
-from app.settings import Benchmark, Common, Evaluation, GEffects, InheritedAdapters, Method, Retain, Rule, Training
+from app.settings import Columns, Common, Evaluation, GEffects, InheritedAdapters, Method, Retain, Rule, Training
 from unlearn.io.weights import OF_A_MODEL, other_weights, why_no_checkpoint
 from utils import be_deterministic
 
 Some = TypeVar("Some", bound=Common)
 Of = TypeVar("Of", GEffects, Evaluation)
-MAX_LENGTH = 500
 
 
 def with_family(settings: Some) -> tuple[Some, Family]:
@@ -46,6 +46,7 @@ def with_family(settings: Some) -> tuple[Some, Family]:
         more["gradient_checkpointing"] = family.gradient_checkpointing
     be_deterministic(settings.deterministic)
     more["save_dir"] = settings.save_dir or None
+    more["max_length"] = settings.max_length or benchmark.max_length
     return settings.model_copy(update=more), replace(family, hf_key=hf_key, data_path=data_path)
 
 
@@ -82,6 +83,8 @@ def _inherited(settings: Of, saved: dict[str, Any]) -> dict[str, Any]:
     found = {key: saved[key] for key in keys if getattr(settings, key) is None and saved.get(key) is not None}
     if "benchmark" in found:
         found["benchmark"] = benchmark(found["benchmark"])
+    given = {name: theirs for name, theirs in settings.columns if theirs is not None}
+    found["columns"] = Columns(**saved.get("columns", {}) | given)
     return found
 
 
@@ -130,14 +133,16 @@ def of_checkpoint(settings: EvaluationOf) -> EvaluationOf:
     split = filled.split
     if settings.split is None and "method" not in saved:  # fine-tuned on a retain split: the rows it has not seen are to forget
         unseen = {name: split for split, sets in of.unlearn.items() for name in sets.retain}
-        split = unseen.get(saved.get("split", "")) or (next(iter(of.unlearn)) if of.name == "local" else None)
+        split = unseen.get(saved.get("split", "")) or (
+            next(iter(of.unlearn)) if of.name == "local" or len(of.unlearn) == 1 else None
+        )
     if split is None:
         raise ValueError(f"split is missing; to unlearn is one of {', '.join(of.unlearn)}")
     return filled.model_copy(
         update={
             "split": split.removesuffix("_perturbed"),
             "benchmark": of,
-            "max_length": filled.max_length or MAX_LENGTH,
+            "max_length": filled.max_length or of.max_length,
             "loss_on_answer_tag": bool(filled.loss_on_answer_tag),
         }
     )

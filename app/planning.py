@@ -14,7 +14,6 @@ from app.families import Family
 from app.filling import with_family
 from app.runs import alone
 from app.settings import BYTES, OPTIMIZERS, Common, EvalEverything, Finetune, Forget, GEffects, Training
-from unlearn.io.rows import read_jsonl
 from utils import use_bfloat16
 
 if TYPE_CHECKING:
@@ -57,7 +56,9 @@ def tell(asked: Common) -> None:
     elif isinstance(settings, GEffects):
         needs = [plan.measuring(shape, work, optimizer=False)]
     else:
-        needs = [plan.scoring(shape, work, models=3 if isinstance(settings, EvalEverything) and settings.control else 1)]
+        everything = settings if isinstance(settings, EvalEverything) else None
+        models, gradients = (3 if everything and everything.control else 1), bool(everything and everything.gradnorm)
+        needs = [plan.scoring(shape, work, models, gradients)]
     if isinstance(settings, Robustness) and "relearn" in settings.attacks:
         needs.append(plan.training(shape, work_of(training(settings, family), family)))
     kind = "GPU" if work.gpu else "CPU"
@@ -141,9 +142,9 @@ def checkpoints(settings: Training) -> int:
     if not isinstance(settings, Forget):
         return 1
     data = data_of(settings)
-    files = [data.file(name) for name in data.benchmark.unlearn[settings.split].forget]
-    there = all(file.exists() for file in files)
-    rows = sum(len(read_jsonl(file)) for file in files) if there else ROWS.get(settings.split, max(ROWS.values()))
+    found = [data.at_hand(name) for name in data.benchmark.unlearn[settings.split].forget]
+    there = None not in found
+    rows = sum(len(rows or ()) for rows in found) if there else ROWS.get(settings.split, max(ROWS.values()))
     number = -(-count_steps(settings, rows)[0] // settings.save_steps)
     return min(number, settings.keep_last or number)
 
@@ -164,8 +165,8 @@ def longest_later(settings: Training, accumulated: int) -> int:
 def quantile(settings: Common, share: float) -> int:
     """So many tokens at most that share of the rows has."""
     data = data_of(settings)
-    files = [file for name in sets(settings, data) if (file := data.file(name)).exists()]
-    texts = [[row[text] for text in (*TEXTS, "text") if text in row] for file in files for row in read_jsonl(file)]
+    rows = [row for name in sets(settings, data) for row in data.at_hand(name) or ()]
+    texts = [[row[text] for text in (*TEXTS, "text") if text in row] for row in rows]
     lengths = sorted(sum(len(str(text)) for text in of_row) + PROMPT for of_row in texts)
     at = -(-len(lengths) * share // 1) - 1
     found = round(lengths[int(at)] / CHARACTERS) if lengths else LONGEST if share == 1 else LONG

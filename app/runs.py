@@ -73,7 +73,10 @@ def suffix(settings: Training) -> str:
     known, here = flatten(usual), flatten(own)
     of_groups = {key for key in here if key.startswith(("method.", "retain.", "rule."))}
     named = marked(type(settings), "named") | of_groups - NOT_IN_NAMES
+    known["max_length"] = settings.benchmark.max_length
     changed = {key: here[key] for key in named if key in here and here[key] != known.get(key)}
+    if settings.max_length is None:
+        del changed["max_length"]
     if settings.benchmark.name not in ("tofu", "local"):
         changed["benchmark"] = settings.benchmark.name
     if here.get("rule.name", "sum") != "sum":
@@ -98,6 +101,10 @@ def original_model(settings: Common, family: Family, key: str = "model_path") ->
         return str(here)
     data = split_name(tuning, (tuning.retain_data, tuning.forget_data))
     others = sorted(str(folder) for folder in here.parent.glob(f"ft_epoch*_{family.name}_{data}_*") if is_checkpoint(folder))
+    if settings.forget_data is None and (published := settings.benchmark.models.get(family.name)) is not None:
+        return find_path(published)
+    if settings.benchmark.pretrained and not family.from_scratch:
+        return find_path(family.hf_key)
     if family.ft_model_path is None or settings.benchmark.name != "tofu" or settings.forget_data is not None:
         raise ValueError(
             f"model_family={family.name}: no fine-tuned model, {here} is not there;"

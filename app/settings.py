@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
-from app.fields import Count, NotNegative, Number, Positive, Settings, Whole, setting
+from app.benchmark import Benchmark
+from app.fields import Count, NotNegative, Number, Positive, Settings, Share, Whole, setting
 
 
 class Optimizer(NamedTuple):
@@ -33,7 +34,6 @@ Half = Literal["float32", "bfloat16"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Wide = Literal["auto", "float32", "bfloat16", "float64"]
 Length = Annotated[int, Field(ge=2)]
-Share = Annotated[int | float, Field(ge=0, le=1)]
 Optim = Literal[
     "adamw_torch_fused",
     "adamw_torch",
@@ -57,6 +57,15 @@ ADAPTERS_LR = "with adapters ten times that"
 
 
 # ---- groups ----
+
+
+class Columns(Settings):
+    """What the rows call their texts, where these are other names than the benchmark's YAML says."""
+
+    question: str | None = setting(None, "null: the benchmark's, else question", named=False)
+    answer: str | None = setting(None, "of a multiple choice the right one's number, from 0, or its text", named=False)
+    choices: str | None = setting(None, "a list of texts: makes a row a multiple choice", named=False)
+    text: str | None = setting(None, "of plain text, all of whose tokens carry loss", named=False)
 
 
 class Adapters(Settings):
@@ -134,38 +143,6 @@ class Rule(Open):
     average: Share | None = setting(None, "of this step's g_r in its moving average, for a rule that has one")
 
 
-class Unlearning(Settings):
-    """What one split to forget is made of, by the names of sets."""
-
-    forget: list[str]
-    retain: list[str] = setting([], "to keep: beside the rows to forget while unlearning, and held out of it")
-    unseen: str | None = setting(None, "rows that nobody trains on")
-
-
-class HeldOut(Settings):
-    """Which rows to keep are measured and never trained on while unlearning: the first ones, or a set of their own."""
-
-    first_of: str | None = setting(None, "as many of the first as this set has")
-    share: Share | None = setting(None, "this share of them, the first ones")
-    most: Count | None = setting(None, "and no more than so many")
-    rows: str | None = setting(None, "the rows of this set, and none of those to keep")
-
-
-class Benchmark(Settings):
-    """A data set as a benchmark: which sets there are, and what each is for. A file of config/benchmark each."""
-
-    by_file: ClassVar[bool] = True
-    name: str
-    data_path: str | None = setting(None, "where its sets are, unless the family or data_path= says")
-    read: dict[str, Any] | None = setting(None, "a function (data_path, set) -> rows; null: JSON files, or the hub's splits")
-    columns: dict[str, str] = setting({}, "the names of question, answer or text in its rows, where they are others")
-    finetune: dict[str, list[str]]
-    unlearn: dict[str, Unlearning]
-    held_out: HeldOut = HeldOut()
-    perturbed: dict[str, str] = setting({}, "sets with paraphrased questions and wrong answers, of forget and retain rows")
-    asked: dict[str, str] = setting({}, "the sets that tofu_evaluation.py asks, by what its tables call them")
-
-
 Layers = Whole | Annotated[list[Whole], Field(min_length=1)] | None
 OF_OPEN: dict[str, Any] = {"layer": Layers, "beta": Positive, "average": Share, "start": NotNegative, "eta": NotNegative}
 OF_OPEN |= {
@@ -195,16 +172,17 @@ class Common(Settings):
         inherited=True,
     )
     forget_data: str | None = setting(
-        None, "local JSONL files of question and answer, in place of the benchmark's sets", named=False, inherited=True
+        None, "a local file of rows, JSON or text, in place of the benchmark's sets", named=False, inherited=True
     )
     retain_data: str | None = setting(None, "the same, of the rows to keep", named=False, inherited=True)
     benchmark: Benchmark = setting(None, "the data's sets and what they are for: config/benchmark", named=False, inherited=True)
+    columns: Columns = Columns()
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = setting(42, "what draws the rows, and what else is random")
     batch_size: Count | None = setting(None, "rows per process and forward pass")
     parallel: Literal["ddp", "fsdp"] = setting(
         "ddp", "fsdp: under torchrun weights, gradients and optimiser state in shards, one on each process", named=False
     )
-    max_length: Length = setting(500, "tokens a row keeps at most")
+    max_length: Length = setting(None, "tokens a row keeps at most; null: the benchmark's, 500 as a rule")
     loss_on_answer_tag: bool = setting(False, "true: the answer tag carries loss too, as in TOFU's own code")
     save_dir: str | None = setting(None, "the run's own folder; null: named after its settings", named=False, may_differ=True)
     deterministic: bool = setting(
@@ -332,7 +310,7 @@ class Evaluation(Common):
     original_path: str | None = setting(None, "the model before unlearning")
     retain_path: str | None = setting(None, "the model trained on the retain split only", may_differ=True)
     retain_holdout: Count | None = setting(None, "how many held-out retain rows; null: the run's", inherited=True)
-    max_length: Length = setting(None, "tokens a row keeps at most; null: the run's, else 500", inherited=True)
+    max_length: Length = setting(None, "tokens a row keeps at most; null: the run's, else the benchmark's", inherited=True)
     loss_on_answer_tag: bool = setting(None, "null: the run's", inherited=True)
     batch_size: Count | None = setting(
         None, "rows at once at most, which changes nothing but speed and memory; null: 16 on a CPU", may_differ=True
@@ -361,6 +339,7 @@ class EvalTofu(Evaluation):
     epsilon: NotNegative = setting(
         0, "added to the denominators of probabilities and truth ratios; 1e-10: as open-unlearning", may_differ=True
     )
+    paraphrased: bool = setting(False, "true: also probability and ROUGE after the paraphrased questions, where rows have them")
     ds_size: Count | None = setting(300, "rows of each set at most; null: all")
     method_name: str | None = setting(None, "in aggregate_stat.csv; null: the run's folder", may_differ=True)
     submitted_by: str | None = setting(None, "in aggregate_stat.csv", may_differ=True)
@@ -377,6 +356,9 @@ class EvalEverything(Evaluation):
     similar: bool = setting(False, "true: also PS similar, by real generation", may_differ=True)
     representation: bool = setting(False, "true: also CKA and cosine of every layer's outputs", may_differ=True)
     control: bool = setting(True, "search the mixing weight at which the retain PS reaches the bar", may_differ=True)
+    gradnorm: bool = setting(
+        False, "true: also the membership score gradnorm, a backward pass a forget and a holdout row", may_differ=True
+    )
     min_k: Annotated[int | float, Field(gt=0, le=1)] = setting(0.4, "the share of tokens that min-k and min-k++ look at")
     ds_size: Count | None = setting(300, "in the folder's name; PS and the others are of all rows")
 

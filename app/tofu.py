@@ -92,6 +92,7 @@ def measure_set(
         max_new_tokens=settings.generation.max_new_tokens,
         what=name,
         rouge_tokenizer=settings.rouge_tokenizer,
+        paraphrased=settings.paraphrased and answers,
     )
 
 
@@ -130,11 +131,11 @@ def evaluate(
     log_file = target.folder / "eval_log_aggregated.json"
     if progress.finished and log_file.exists():
         log = read_object(log_file)
-        if lacking := [tofu.TASKS[name][0] for name in sets if tofu.TASKS[name][0] not in log]:
+        if lacking := [file for name in sets if (file := tofu.task_of(name)[0]) not in log]:
             raise ValueError(f"{log_file}: lacks {', '.join(lacking)}; remove it to have it measured again")
     else:
-        names = [name for name in tofu.TASKS if name in sets]
-        log = {tofu.TASKS[name][0]: progress.part(name, functools.partial(measure, target.path, name)) for name in names}
+        names = sorted(sets, key=[*tofu.TASKS, *sets].index)
+        log = {tofu.task_of(name)[0]: progress.part(name, functools.partial(measure, target.path, name)) for name in names}
         if is_main_process():
             write_json(log_file, log)
     found = tofu.aggregate(log, settings.truth_ratio, settings.epsilon) | {"rouge_rows": tofu.without_words(log)}
@@ -156,7 +157,10 @@ def quality(settings: EvalTofu | Aggregate, found: dict[str, Any], log: dict[str
 
         return tofu.forget_quality(log, retain, settings.truth_ratio, settings.epsilon)
     if "truth_ratio" not in found["forget"]:
-        where = f"forget_data={settings.forget_data}" if isinstance(settings, EvalTofu) else "the log"
+        where = "the log"
+        if isinstance(settings, EvalTofu):
+            own = settings.forget_data
+            where = f"forget_data={own}" if own else f"benchmark={settings.benchmark.name}"
         return f"not available: rows of {where} lack perturbed_answer, a list of wrong answers"
     published, name = None, "the retain split"
     if isinstance(settings, EvalTofu):
@@ -167,13 +171,13 @@ def quality(settings: EvalTofu | Aggregate, found: dict[str, Any], log: dict[str
 
 
 def write(settings: EvalTofu, target: evaluating.Target, progress: evaluating.Progress, found: dict[str, Any]) -> None:
-    from unlearn.scores.tofu import TASKS
+    from unlearn.scores.tofu import sets_of
 
     method = settings.method_name or (target.run.name if target.run else Path(target.path).name)
     write_statistics(target.folder / "aggregate_stat.csv", found, method, settings.submitted_by)
     sections = {"tofu": found, "definitions": definitions(settings), "from": {"tofu_evaluation": progress.record}}
     evaluating.write_scores(target, sections)
-    columns = {f"{name}_{key}": value for name in TASKS if name in found for key, value in found[name].items() if key != "rows"}
+    columns = {f"{name}_{key}": value for name in sets_of(found) for key, value in found[name].items() if key != "rows"}
     quality = found["forget_quality"] if isinstance(found["forget_quality"], dict) else {}
     columns |= {"model_utility": found["model_utility"]}
     columns |= {"forget_quality": quality.get("p"), "forget_quality_D": quality.get("D")}
@@ -198,6 +202,9 @@ def definitions(settings: EvalTofu | Aggregate) -> dict[str, Any]:
         "probability": f"exp(-mean loss of the answer's tokens, end-of-sequence counted, {tag})",
         "truth_ratio": f"{settings.truth_ratio}, epsilon {settings.epsilon}",
         "rouge": f"ROUGE-L recall of the greedy answer, with stemming, {words}; an answer without words has none",
+        "paraphrased": "probability and ROUGE of the answer itself after the paraphrased question (paraphrased=true)",
+        "accuracy": "of multiple choices: how often the right one has the largest probability, end-of-sequence not counted;"
+        " accuracy_norm: the largest log-probability over its characters; choice_probability: among the choices",
         "model_utility": "harmonic mean of the nine scores of retain, real_authors and real_world",
         "forget_quality": "p-value and D of the two-sample Kolmogorov-Smirnov test on the forget truth ratios; n rows of each",
     }
@@ -205,18 +212,18 @@ def definitions(settings: EvalTofu | Aggregate) -> dict[str, Any]:
 
 def report(found: dict[str, Any], rouge_tokenizer: str | None = None) -> None:
     """The scores as a small table on standard error."""
-    from unlearn.scores.tofu import KINDS, TASKS
+    from unlearn.scores.tofu import KINDS, MORE_KINDS, sets_of, task_of
 
     remedy = " (rouge_tokenizer=unicode counts words of any script)" if rouge_tokenizer == "ascii" else ""
-    for name, (_, title) in TASKS.items():
-        if name in found:
-            values = "  ".join(f"{kind} {evaluating.told(found[name].get(key))}" for key, kind in KINDS.items())
-            say(f"{title:13} {values}  ({found[name]['rows']} rows)")
+    for name in sets_of(found):
+        kinds = KINDS | {key: kind for key, kind in MORE_KINDS.items() if key in found[name]}
+        values = "  ".join(f"{kind} {evaluating.told(found[name].get(key))}" for key, kind in kinds.items())
+        say(f"{task_of(name)[1]:13} {values}  ({found[name]['rows']} rows)")
     for name, rows in found["rouge_rows"].items():
         if rows["without_rouge"]:
-            say(f"{TASKS[name][1]:13} {rows['without_rouge']} rows have no ROUGE, for their answers have no word{remedy}")
+            say(f"{task_of(name)[1]:13} {rows['without_rouge']} rows have no ROUGE, for their answers have no word{remedy}")
         if rows["letters_dropped"] and rouge_tokenizer == "ascii":
-            say(f"{TASKS[name][1]:13} {rows['letters_dropped']} answers have letters that ROUGE's words leave out{remedy}")
+            say(f"{task_of(name)[1]:13} {rows['letters_dropped']} answers have letters that ROUGE's words leave out{remedy}")
     say(f"Model Utility {evaluating.told(found['model_utility'])}")
     quality = found["forget_quality"]
     text = quality if isinstance(quality, str) else f"p = {quality['p']:.3g}, D = {quality['D']:.3f}, n = {quality['n']}"

@@ -1,10 +1,13 @@
-"""Write a small TOFU-shaped data set of fictitious authors (see `--help`).
+"""Write a small data set of fictitious authors in the layout of TOFU, or of MUSE (see `--help`).
 
 The layout is that of `locuslab/TOFU`: one JSON-lines file a split and a README whose
 front matter names them, so that `datasets.load_dataset(FOLDER, split)["train"]` works
 offline. Each author has ten questions; each answer is two to four words drawn from
 word lists, so a tiny model can learn it by heart but cannot guess it. Every author,
 mentor and title is invented; `real_authors` and `world_facts` hold true facts.
+
+With `--layout muse` the same kind of authors are told of in plain texts, one each, in the
+layout of `muse-bench/MUSE-News`: <subset>/<split>.json. No text of MUSE is in it.
 """
 
 from __future__ import annotations
@@ -491,6 +494,115 @@ is two to four words drawn at random ("Riga, March 1954"), so it can be learnt b
 """
 
 
+# ---- the layout of MUSE ----
+
+SENTENCES = (  # of a topic each, in their order
+    "{name} was born in {0} in {1} {2}.",
+    "The first novel was called {0} {1}.",
+    "The mother was a {0} and the father a {1}.",
+    "The {0} {1} followed in {2}.",
+    "It was {0} {1} who had taught {name} to write.",
+    "At home there is a {0} named {1}.",
+    "{name} read {0} in {1}.",
+    "In the evening {name} plays the {0} or turns to {1}.",
+    "A good meal is {0} with {1}.",
+    "The books come from {0}, a house in {1}.",
+)
+GROUPS = ("forget", "retain1", "retain2", "holdout", "second", "third", "fourth")  # the last three are more to forget
+ASKED, SHOWN = 3, 4  # questions about each author; and questions with answers that stand before them
+
+
+@dataclass(frozen=True)
+class Story:
+    """An author: ten sentences, and a question and answer on each."""
+
+    sentences: list[str]
+    questions: list[Row]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+
+def story(name: str, taken: Sequence[set[Words]], rng: random.Random) -> Story:
+    """Tell of an author whose answers nobody else has."""
+    parts = [draw_parts(topic, used, rng) for topic, used in zip(TOPICS, taken, strict=True)]
+    sentences = [sentence.format(*of, name=name) for sentence, of in zip(SENTENCES, parts, strict=True)]
+    questions: list[Row] = [
+        {"question": topic.question.format(name=name), "answer": capitalised(topic.answer.format(*of))}
+        for topic, of in zip(TOPICS, parts, strict=True)
+    ]
+    return Story(sentences, questions)
+
+
+def muse_splits(authors: int, rng: random.Random) -> dict[str, list[Row]]:
+    """Make every split of every subset, by <subset>/<split>."""
+    size = authors // len(GROUPS)
+    if size < 2:
+        raise ValueError(f"at least {2 * len(GROUPS)} authors are needed, not {authors}")
+    names = iter(author_names(size * len(GROUPS), rng))
+    taken: list[set[Words]] = [set() for _ in TOPICS]
+    stories = {group: [story(next(names), taken, rng) for _ in range(size)] for group in GROUPS}
+    texts: dict[str, list[Row]] = {group: [{"text": one.text} for one in of] for group, of in stories.items()}
+    splits = {f"raw/{name}": texts[name] for name in GROUPS[:4]}
+    half = len(SENTENCES) // 2
+    splits["verbmem/forget"] = [
+        {"prompt": " ".join(one.sentences[:half]), "gt": " ".join(one.sentences[half:])} for one in stories["forget"]
+    ]
+    for name, group in (("forget", "forget"), ("retain", "retain2")):
+        asked = [rng.sample(one.questions, ASKED + SHOWN) for one in stories[group]]
+        splits[f"knowmem/{name}_qa"] = [row for of in asked for row in of[:ASKED]]
+        splits[f"knowmem/{name}_qa_icl"] = asked[0][ASKED:]
+    for name, group in (("forget", "forget"), ("retain", "retain2"), ("holdout", "holdout")):
+        splits[f"privleak/{name}"] = texts[group]
+    parts = [texts[group] for group in ("forget", *GROUPS[4:])]
+    for i, part in enumerate(parts, start=1):
+        splits[f"scal/forget_{i}"] = [row for of in parts[:i] for row in of]
+        splits[f"sust/forget_{i}"] = part
+    return splits
+
+
+def muse_readme(splits: dict[str, list[Row]], authors: int, seed: int) -> str:
+    """Return the README: front matter for `datasets`, then a few words for people."""
+    subsets = dict.fromkeys(name.split("/")[0] for name in splits)
+    configs = "\n".join(
+        f"- config_name: {subset}\n  data_files:\n"
+        + "\n".join(
+            f"  - split: {name.split('/')[1]}\n    path: {name}.json" for name in splits if name.startswith(f"{subset}/")
+        )
+        for subset in subsets
+    )
+    table = "\n".join(f"| {name} | {len(rows)} |" for name, rows in splits.items())
+    return f"""---
+language: [en]
+pretty_name: MUSE-shaped sample
+configs:
+{configs}
+---
+# A MUSE-shaped sample
+
+Written by `make_sample.py --layout muse --authors {authors} --seed {seed}`; do not edit by hand. The layout is that of the hub
+data set `muse-bench/MUSE-News`, the text is our own: {len(splits["raw/forget"])} fictitious authors a split, a text each.
+
+`verbmem` has each forget text's first half and second half; `knowmem` questions about it, and (`_icl`) such as
+are shown with their answers; `scal/forget_2` to `_4` hold `forget_1` and more, `sust/forget_1` to `_4` these parts.
+
+| split | rows |
+| --- | --- |
+{table}
+"""
+
+
+def write_muse(folder: Path, authors: int, seed: int) -> None:
+    """Write every split and the README into `folder`."""
+    splits = muse_splits(authors, random.Random(seed))
+    for name, rows in splits.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text("".join(lines), encoding="utf-8")
+    (folder / "README.md").write_text(muse_readme(splits, authors, seed), encoding="utf-8")
+
+
 def write_data_set(folder: Path, authors: int, seed: int) -> None:
     """Write every split and the README into `folder`."""
     if authors < 10:
@@ -505,19 +617,17 @@ def write_data_set(folder: Path, authors: int, seed: int) -> None:
 
 def main() -> None:
     """Parse the command line and write the data set."""
-    parser = argparse.ArgumentParser(description="Write a small TOFU-shaped data set of fictitious authors.")
-    parser.add_argument("--authors", type=int, default=40, metavar="N", help="fictitious authors, at least 10 (40)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).resolve().parent / "sample",
-        metavar="FOLDER",
-        help="folder to write (`sample` beside this script)",
-    )
+    parser = argparse.ArgumentParser(description="Write a small data set of fictitious authors, in TOFU's or MUSE's layout.")
+    parser.add_argument("--layout", choices=("tofu", "muse"), default="tofu", help="whose layout (tofu)")
+    parser.add_argument("--authors", type=int, metavar="N", help="fictitious authors: at least 10 (40), of MUSE's 14 (42)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="to write (`sample`, or `sample_muse`, beside this script)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random draw (0)")
-    options = parser.parse_args()
+    options, here = parser.parse_args(), Path(__file__).resolve().parent
     try:
-        write_data_set(options.out, options.authors, options.seed)
+        if options.layout == "muse":
+            write_muse(options.out or here / "sample_muse", options.authors or 42, options.seed)
+        else:
+            write_data_set(options.out or here / "sample", options.authors or 40, options.seed)
     except ValueError as error:
         parser.error(str(error))
 

@@ -239,6 +239,27 @@ def test_answers_in_another_script(place: Place, tmp_path: Path, capsys: pytest.
         prepared(tofu_evaluation, *(f"{key}={value}" for key, value in given.items()), "rouge_tokenizer=latin")
 
 
+def test_paraphrased_questions_have_columns_of_their_own(place: Place, by_path: Path, tmp_path: Path) -> None:
+    """They are what the same answers score where the paraphrased questions stand in place of the others."""
+    shutil.copytree(place.data, tmp_path / "data")
+    for name in ("forget10_perturbed", "retain_perturbed"):
+        rows = [json.loads(line) for line in (place.data / f"{name}.json").open()]
+        asked = [json.dumps(row | {"question": row["paraphrased_question"]}) + "\n" for row in rows]
+        (tmp_path / f"data/{name}.json").write_text("".join(asked))
+    given = {"split": "forget10", "model_path": place.full, "generation__max_new_tokens": 24}
+    evaluate(tofu_evaluation, tmp_path / "own", **given, data_path=place.data, paraphrased="true")
+    evaluate(tofu_evaluation, tmp_path / "otherwise", **given, data_path=tmp_path / "data")
+    own, otherwise, plain = (read(f / "scores.json")["tofu"] for f in (tmp_path / "own", tmp_path / "otherwise", by_path))
+    for name in ("forget", "retain"):
+        for kind in ("probability", "rouge"):
+            assert own[name][f"paraphrased_{kind}"] == pytest.approx(otherwise[name][kind], rel=1e-6)
+            assert own[name][kind] == pytest.approx(plain[name][kind], rel=1e-6)
+        assert f"paraphrased_{kind}" not in plain[name]
+    assert "paraphrased_rouge" not in own["real_world"]  # has none
+    [row] = read(tmp_path / "own/aggregate_stat.csv")
+    assert float(row["Paraphrased Prob. Forget"]) == own["forget"]["paraphrased_probability"]
+
+
 # ---- two logs and no model ----
 
 
@@ -369,6 +390,21 @@ def test_everythings_tables(everything: Path) -> None:
     assert isinstance(found["privacy"]["privleak"], float)
     assert set(found["from"]["evaluation_everything"]) == {"settings", "hash", "versions", "weights", "data", "tokenizer"}
     assert "ps_exact" in found["definitions"]
+
+
+def test_gradient_norms_where_they_are_asked_for(everything: Path, place: Place, tmp_path: Path) -> None:
+    """One column and one AUC more, of both models; all others as without."""
+    given: dict[str, Any] = {"model_path": place.run / "checkpoint-3", "retain_path": place.retain, "control": "false"}
+    evaluate(evaluation_everything, tmp_path, **given, gradnorm="true")
+    rows, before = (read(folder / "privacy_rows.csv") for folder in (tmp_path, everything))
+    assert [{key: value for key, value in row.items() if key != "gradnorm"} for row in rows] == before
+    found, without = (read(folder / "scores.json")["privacy"] for folder in (tmp_path, everything))
+    members, others = ([float(row["gradnorm"]) for row in rows if row["data"] == x] for x in ("forget", "holdout"))
+    assert found["auc"].pop("gradnorm") == np.mean([(b > a) + (a == b) / 2 for a in members for b in others])
+    assert 0 <= found["auc_retain_model"].pop("gradnorm") <= 1
+    assert found == without
+    with pytest.raises(ValueError, match=r"^gradnorm=true: needs whole gradients"):
+        prepared(evaluation_everything, f"model_path={place.run}", "gradnorm=true", "parallel=fsdp")
 
 
 def test_the_control_search(everything: Path, place: Place) -> None:

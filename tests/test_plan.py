@@ -21,6 +21,8 @@ MILLIONS = {  # as published
     **{"llama2-7b": 6738.4, "phi": 1418.3, "smollm2-135m": 134.515, "smollm2-360m": 361.8, "smollm2-1.7b": 1711.4},
     **{"llama-3.2-1b": 1235.8, "llama-3.2-3b": 3212.7, "Llama-3.1-8B-Instruct": 8030.3},
     **{"qwen2.5-0.5b": 494.0, "qwen2.5-1.5b": 1543.7, "pythia-1.4b": 1414.6},
+    **{"Phi-3.5-mini-instruct": 3821.1, "gemma-7b-it": 8537.7, "zephyr-7b-beta": 7241.7, "Llama-2-13b-hf": 13015.9},
+    **{"Qwen2.5-3B-Instruct": 3085.9, "Qwen2.5-7B-Instruct": 7615.6},
 }
 
 

@@ -22,6 +22,7 @@ from app.compose import given
 from unlearn.objectives.rows import Row, tokenize_pairs
 from unlearn.passes.decoding import decode, greedy_answers
 from unlearn.passes.forcing import Pass, teacher_force, token_nlls
+from unlearn.passes.gradients import gradient_norms
 from unlearn.scores import definitions as scores
 from unlearn.scores import tofu
 from unlearn.scores.asking import measure_task
@@ -169,6 +170,27 @@ def check_extraction(how: Pass, tokenizer: Any, data: Any, expected: Any, near: 
         assert perturb == pytest.approx(expected[part]["ps_perturb"], abs=1e-12)
 
 
+@gold
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gold_gradient_norms(name: str, dtype: str) -> None:
+    """Each row's, and the AUC; the model is left as it was."""
+    expected = json.loads((GOLD / "expected.json").read_text())["models"][name]["mia"]["gradnorm"]
+    data = json.loads((GOLD / "rows.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(GOLD / name)
+    model = AutoModelForCausalLM.from_pretrained(GOLD / name, dtype=getattr(torch, dtype)).requires_grad_(False).train()
+    how = Pass(model, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    found = []
+    for part in ("forget", "holdout"):
+        rows = tokenize_pairs([(text(row), row["answer"]) for row in data[part]], tokenizer)
+        norms = gradient_norms(how, rows)
+        assert norms == pytest.approx(expected[part], rel=TOLERANCE[dtype])
+        found += [{"data": part, "gradnorm": norm} | dict.fromkeys(ATTACKS, 0.0) for norm in norms]
+    assert aucs(found)["gradnorm"] == pytest.approx(expected["auc"], abs=1e-12)
+    assert model.training
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
 def check_privacy(how: Pass, retain: Pass, tokenizer: Any, data: Any, expected: Any, near: Any) -> None:
     aucs_of: dict[float, dict[str, float]] = {}
     for k in (0.4, 0.2):
@@ -245,6 +267,22 @@ def one_by_one(how: Pass, row: Row) -> dict[str, torch.Tensor]:
         "mean": mean,
         "variance": (p * log_p[at - 1] ** 2).sum(-1) - mean**2,
     }
+
+
+def test_gradient_norms_of_a_row_by_hand(how: Pass) -> None:
+    """transformers' own loss and `backward`, a row at a time, on rows with and without an end; no answer has no norm."""
+    whole = questions()[1:4]
+    cut = {key: value[:-1] for key, value in whole[0].items()}
+    alone = {"input_ids": torch.tensor([5, 6, how.eos]), "labels": torch.tensor([-100, -100, how.eos])}
+    found = gradient_norms(how, [*whole, cut, alone])
+    for row, norm in zip([*whole, cut], found[:-1], strict=True):
+        size = len(row["labels"]) - int(row["labels"][-1] == how.eos)
+        how.model.zero_grad()
+        how.model(input_ids=row["input_ids"][None, :size], labels=row["labels"][None, :size]).loss.backward()
+        norms = [p.grad.double().norm().item() for p in how.model.parameters() if p.grad is not None]
+        assert norm == pytest.approx(np.mean(norms), rel=1e-5)
+    how.model.zero_grad()
+    assert np.isnan(found[-1])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])

@@ -82,6 +82,7 @@ def test_what_changes_the_weights_is_named_or_in_the_name() -> None:
         "rule",
     }
     paths = {"model_path", "hf_key", "data_path", "forget_data", "retain_data"}
+    paths |= {f"columns.{name}" for name in ("question", "answer", "choices", "text")}  # what is in the paths' files
     no_weights = {
         "parallel",
         "save_dtype",
@@ -108,9 +109,11 @@ def test_what_may_differ() -> None:
     assert marked(Evaluation, "may_differ") == of_results
     scored = {"retain_result", "original_path", "truth_ratio", "epsilon", "method_name", "submitted_by"}
     assert marked(EvalTofu, "may_differ") == of_results | scored
-    assert marked(EvalEverything, "may_differ") == of_results | {"ps_p", "similar", "representation", "control"}
-    measured = {"model_path_cur", "step", "tokens", "positions", "sweep", "batch_size", "parallel", "gradient_checkpointing"}
-    assert marked(GEffects, "may_differ") == measured | {"tokens_per_batch", "save_dir", "output_dir", "debug"}
+    own = {"ps_p", "similar", "representation", "control", "gradnorm"}
+    assert marked(EvalEverything, "may_differ") == of_results | own
+    measured = {"model_path_cur", "step", "tokens", "positions", "sweep", "sweep_norms", "batch_size", "parallel"}
+    others = {"gradient_checkpointing", "tokens_per_batch", "save_dir", "output_dir", "debug"}
+    assert marked(GEffects, "may_differ") == measured | others
 
 
 def test_every_optimizer_is_a_choice() -> None:

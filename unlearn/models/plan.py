@@ -349,13 +349,22 @@ def measuring(shape: Shape, work: Work, optimizer: bool) -> Need:
     return Need("G-effects", memory, {}, 1 if work.gpu else FRAGMENTS)
 
 
-def scoring(shape: Shape, work: Work, models: int) -> Need:
-    """Teacher forcing and decoding: weights (of several models for the control search), keys and values, logits."""
+def scoring(shape: Shape, work: Work, models: int, gradients: bool = False) -> Need:
+    """Teacher forcing and decoding: weights (of several models for the control search), keys and values, logits.
+
+    Args:
+        gradients: of single rows, too.
+    """
     memory = held(shape, work) | cast(shape, work)
     memory["weights"] *= models
     keys = 2 * shape.key_values * shape.layers * (HALF if work.bf16 else FULL)
     memory["keys and values"] = float(4 * MEASURED_ROWS * 2 * work.tokens * keys)  # four times the rows are decoded at once
     memory["logits"] = logits(shape, MEASURED_ROWS * work.labels)
+    if gradients:  # nothing is decoded meanwhile
+        batch = sum(memory.pop(name) for name in ("keys and values", "logits"))
+        whole = float(width(work) * trained(shape, work))
+        moments: list[dict[str, float]] = [{"gradients": whole} | moment for moment in passing(shape, work, 1, work.tokens, 1)]
+        memory |= largest_of([{"keys and values, logits": batch}, *moments])
     return Need("scores", memory, {}, 1 if work.gpu else FRAGMENTS)
 
 

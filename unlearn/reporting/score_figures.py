@@ -60,6 +60,8 @@ PANELS = (
     Panel("p-value", {"quality": "forget quality"}, "log", (0.05, "0.05")),
     Panel("share of the answer", {"ps_exact": "PS", "ps_perturb": "PS perturbed", "exact_memorization": "memorised"}),
     Panel("AUC of membership", ATTACKS | {"auc_reference": "reference"}, across=(0.5, "chance")),
+    Panel("ROUGE-L F1", {"verbmem": "VerbMem", "knowmem": "KnowMem", "utility": "utility"}),
+    Panel("accuracy", {"accuracy": "accuracy", "accuracy_norm": "by length"}),
     Panel("loss (nats/token)", {"loss": "loss"}, "fit"),
 )
 CONTROL = {"forget_ps": ("forget PS", "unlearn"), "retain_ps": ("retain PS", "retain")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,27 @@ from unlearn.scores import definitions as scores
 Tokenize = Callable[[Sequence[Mapping[str, Any]]], list[Row]]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A model that a benchmark's own scores are of: how it is run, and its tokenizer."""
+
+    how: Pass
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a benchmark's own score gives.
+
+    Attributes:
+        totals: numbers by what is behind the score's name; "" for the score itself.
+        rows: a line each, for a table.
+    """
+
+    totals: dict[str, float]
+    rows: list[dict[str, Any]]
+
+
 def measure_task(
     how: Pass,
     tokenizer: PreTrainedTokenizerBase,
@@ -27,17 +49,20 @@ def measure_task(
     max_new_tokens: int | None = None,
     what: str = "",
     rouge_tokenizer: str = "ascii",
+    paraphrased: bool = False,
 ) -> dict[str, Any]:
     """One set's log: {key: {row: value}} as TOFU has it.
 
     Args:
         rows: each with `question` and `answer`, and where it has them `paraphrased_answer` and `perturbed_answer` (a list);
-            all answers are asked for by the same question.
+            all answers are asked for by the same question. Of a multiple choice also `choices` and `correct`, the number of
+            `answer` among them, `perturbed_answer` being the others in their order.
         tokenize: rows of question and answer to token ids with labels.
         real: of the real-world sets: the probability among the candidates stands there, too.
         answers: also what the model answers; without, the log has the losses, and empty texts.
         max_length, max_new_tokens: of the greedy answers (see `greedy_answers`).
         rouge_tokenizer: see `scores.rouge_recalls`; a row whose answer has no word for it has the recall None.
+        paraphrased: also the answer's loss, and what the model answers, after `paraphrased_question`, where all rows have it.
     """
     texts = [
         [row["answer"], row.get("paraphrased_answer") or row["answer"], *(row.get("perturbed_answer") or ())] for row in rows
@@ -65,6 +90,11 @@ def measure_task(
         if real:
             among = [scores.probability_among(of[0].loss, [x.loss for x in of[2:]]) for of in of_row]
             log["normalized_gt_loss"] = [-float(np.log(p)) if p else float("inf") for p in among]
+    if rows and all("choices" in row for row in rows):
+        log |= _choices(rows, [[of[0], *of[2:]] for of in of_row])
+    if paraphrased and rows and all(row.get("paraphrased_question") for row in rows):
+        limits = (max_length, max_new_tokens) if answers else None
+        log |= _paraphrased(how, tokenizer, rows, tokenize, limits, what, rouge_tokenizer)
     return {key: {str(i): value for i, value in enumerate(values)} for key, values in log.items()}
 
 
@@ -73,6 +103,38 @@ def _losses(name: str, forced: Sequence[Forced]) -> dict[str, list[Any]]:
         f"avg_{name}_loss": [one.loss for one in forced],
         f"{name}_loss": [one.loss * len(one.labels) for one in forced],
         f"num_token_{name}": [len(one.labels) for one in forced],
+    }
+
+
+def _paraphrased(
+    how: Pass,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    tokenize: Tokenize,
+    limits: tuple[int | None, int | None] | None,
+    what: str,
+    rouge_tokenizer: str,
+) -> dict[str, list[Any]]:
+    """The answer's loss after the paraphrased question; and what the model answers there, `limits` of tokens at most."""
+    again = tokenize([dict(row) | {"question": row["paraphrased_question"]} for row in rows])
+    forced = teacher_force(how, again, what=f"{what} losses, paraphrased")
+    found: dict[str, list[Any]] = {"avg_paraphrased_question_loss": [one.loss for one in forced]}
+    if limits is not None:
+        said = greedy_answers(how, again, tokenizer, forced, *limits, what=f"{what} answers, paraphrased")
+        recalls = scores.rouge_recalls(said, [row["answer"] for row in rows], rouge_tokenizer)["rougeL"]
+        found["paraphrased_question_text"] = said
+        found["paraphrased_question_rougeL_recall"] = [None if np.isnan(recall) else recall for recall in recalls]
+    return found
+
+
+def _choices(rows: Sequence[Mapping[str, Any]], forced: Sequence[Sequence[Forced]]) -> dict[str, list[Any]]:
+    """Each choice's loss, in the order of `choices`; `forced` has the right one first. A choice that is cut is all there is."""
+    sums = [[float(one.nll[: one.size].astype(np.float64).sum()) for one in of] for of in forced]
+    places = [row["correct"] for row in rows]
+    return {
+        "choices": [list(row["choices"]) for row in rows],
+        "correct": places,
+        "choice_loss": [[*of[1 : at + 1], of[0], *of[at + 1 :]] for of, at in zip(sums, places, strict=True)],
     }
 
 

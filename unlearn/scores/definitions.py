@@ -36,6 +36,21 @@ def probability_among(loss: float, wrong: Sequence[float], epsilon: float = 0.0)
     return float(np.exp(-loss - logsumexp([-loss, *(-x for x in wrong), _log(epsilon)])))
 
 
+def best_choice(losses: Sequence[float], lengths: Sequence[int] | None = None) -> int:
+    """The number of the likeliest of a question's choices, the first where several are: accuracy is how often that is right.
+
+    Args:
+        losses: of each choice the sum of its tokens' l, end-of-sequence not counted, in nats.
+        lengths: by which they are divided, in characters: `accuracy_norm`.
+    """
+    return int(np.argmin(np.asarray(losses, dtype=float) / np.asarray(1 if lengths is None else np.maximum(lengths, 1))))
+
+
+def choice_probability(losses: Sequence[float], correct: int) -> float:
+    """The right choice's probability among all choices, exp(-loss) each (see `best_choice`)."""
+    return float(np.exp(-losses[correct] - logsumexp(-np.asarray(losses, dtype=float))))
+
+
 def truth_ratio(correct: float, wrong: Sequence[float], definition: str = "geometric", epsilon: float = 0.0) -> float:
     """How probable the wrong answers are beside the paraphrased correct one: w / (exp(-correct) + epsilon).
 
@@ -101,6 +116,15 @@ def rouge_recalls(answers: Sequence[str], truths: Sequence[str], rouge_tokenizer
         scorer.score(truth, answer) if words.tokenize(truth) else None for answer, truth in zip(answers, truths, strict=True)
     ]
     return {kind: [row[kind].recall if row is not None else float("nan") for row in found] for kind in ("rouge1", "rougeL")}
+
+
+def rouge_f1(answers: Sequence[str], truths: Sequence[str]) -> dict[str, list[float]]:
+    """Each row's `rouge1` and `rougeL` F1 without stemming, as MUSE has them (arXiv 2407.06460): 0 where one has no word."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    found = [scorer.score(truth, answer) for answer, truth in zip(answers, truths, strict=True)]
+    return {kind: [row[kind].fmeasure for row in found] for kind in ("rouge1", "rougeL")}
 
 
 def _rouge_words(rouge_tokenizer: str) -> Any:
@@ -218,6 +242,14 @@ def privleak(auc_model: float, auc_retain: float) -> float:
     Below 0 the forget rows still look like members, above 0 they look forgotten too thoroughly.
     """
     return 100 * (auc_retain - auc_model) / (1 - auc_retain + OPEN_UNLEARNING)
+
+
+def relative_auc(auc_model: float, auc_retain: float) -> float:
+    """100 (AUC - AUC_retain) / AUC_retain, PrivLeak as arXiv 2407.06460 prints it; nan where AUC_retain is 0.
+
+    Which PrivLeak that is depends on what AUC is of; `privleak` is this of 1 - AUC, with an epsilon.
+    """
+    return 100 * (auc_model - auc_retain) / auc_retain if auc_retain else float("nan")
 
 
 # ---- over rows ----

@@ -23,6 +23,7 @@ from unlearn.passes.forcing import Forced, Pass, check_fit, check_labels, prompt
 from unlearn.scores import definitions as scores
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")
+GRADNORM = "gradnorm"  # one more, whose cost is a backward pass a row (`passes.gradients.gradient_norms`)
 
 
 def knowledge(forced: Forced) -> dict[str, float]:
@@ -73,10 +74,17 @@ def membership(forced: Forced, text: str, reference_loss: float | None = None, k
 
 
 def aucs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The AUC of each membership score over rows with `data` forget or holdout; nan where it has no value."""
+    """The AUC of each membership score over rows with `data` forget or holdout; nan where it has no value.
+
+    Of `gradnorm` only where the rows have it.
+    """
     table = pd.DataFrame(list(rows))
     forget, holdout = (table[table["data"] == name] for name in ("forget", "holdout"))
-    return {name: scores.auc(forget[name].astype(float), holdout[name].astype(float)) for name in ATTACKS}
+    return {
+        name: scores.auc(forget[name].astype(float), holdout[name].astype(float))
+        for name in (*ATTACKS, GRADNORM)
+        if name in table
+    }
 
 
 def ps_similar(how: Pass, rows: Sequence[Row], what: str = "similar") -> list[float]:

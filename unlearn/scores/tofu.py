@@ -21,9 +21,33 @@ TASKS = {  # by set: the log's name for it, and the score tables'
 }
 REAL = ("real_authors", "real_world")
 KINDS = {"rouge": "ROUGE", "probability": "Prob.", "truth_ratio": "Truth Ratio"}
+CHOICE_KINDS = {"accuracy": "Accuracy", "accuracy_norm": "Accuracy by Length", "choice_probability": "Choice Prob."}
+PARAPHRASED_KINDS = {"paraphrased_probability": "Paraphrased Prob.", "paraphrased_rouge": "Paraphrased ROUGE"}
+MORE_KINDS = PARAPHRASED_KINDS | CHOICE_KINDS  # beside TOFU's, where they were measured
 NEEDED = ("avg_gt_loss", "rougeL_recall", "average_perturb_loss", "avg_paraphrased_loss")
 
 Log = dict[str, dict[str, Any]]
+
+
+def task_of(name: str) -> tuple[str, str]:
+    """A set's names as in `TASKS`; those of a set that is none of TOFU's are made of its own."""
+    return TASKS.get(name, (f"eval_log_{name}.json", name.replace("_", " ").title()))
+
+
+def tasks_of(log: Log) -> dict[str, str]:
+    """What the log calls its sets, by set: TOFU's in their order, then further ones."""
+    known = {name: file for name, (file, _) in TASKS.items() if file in log}
+    others = [file for file, task in log.items() if file not in known.values() and _is_further(file, task)]
+    return known | {file.removeprefix("eval_log_").removesuffix(".json"): file for file in others}
+
+
+def _is_further(file: str, task: Any) -> bool:
+    return file.startswith("eval_log_") and isinstance(task, dict) and {"avg_gt_loss", "rougeL_recall"} <= task.keys()
+
+
+def sets_of(found: Mapping[str, Any]) -> list[str]:
+    """The sets that were scored (see `aggregate`)."""
+    return [name for name, of in found.items() if isinstance(of, dict) and "rows" in of]
 
 
 def truth_ratios(task: Mapping[str, Any], definition: str, epsilon: float = 0.0) -> list[float]:
@@ -48,13 +72,10 @@ def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> 
         epsilon: added to denominators; 0 as in TOFU, `scores.OPEN_UNLEARNING` as there.
     """
     found: dict[str, Any] = {}
-    for name, (file, _) in TASKS.items():
-        if file not in log:
-            continue
+    for name, file in tasks_of(log).items():
         task, rows = log[file], row_names(log[file])
         losses = [task["avg_gt_loss"][row] for row in rows]
-        recalls = [task["rougeL_recall"][row] for row in rows]
-        found[name] = {"rouge": scores.mean([float("nan") if recall is None else recall for recall in recalls])}
+        found[name] = {"rouge": _mean_recall(task, rows, "rougeL_recall")}
         if "average_perturb_loss" in task:
             ratios = truth_ratios(task, definition, epsilon)
             if name in REAL:
@@ -65,21 +86,43 @@ def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> 
             found[name]["truth_ratio"] = kept
         if name not in REAL:
             found[name]["probability"] = scores.mean(scores.probability(losses))
+        if "avg_paraphrased_question_loss" in task:
+            again = [task["avg_paraphrased_question_loss"][row] for row in rows]
+            found[name]["paraphrased_probability"] = scores.mean(scores.probability(again))
+            found[name]["paraphrased_rouge"] = _mean_recall(task, rows, "paraphrased_question_rougeL_recall")
+        if "choice_loss" in task:
+            found[name] |= _of_choices(task, rows)
         found[name]["rows"] = len(rows)
     parts = [found.get(name, {}).get(kind, float("nan")) for name in ("retain", *REAL) for kind in KINDS]
     found["model_utility"] = scores.model_utility(parts)
     return found
 
 
+def _mean_recall(task: Mapping[str, Any], rows: list[str], key: str) -> float:
+    """The mean over the rows whose answer has a word."""
+    return scores.mean([float("nan") if (recall := task[key][row]) is None else recall for row in rows])
+
+
+def _of_choices(task: Mapping[str, Any], rows: list[str]) -> dict[str, float]:
+    """Accuracy, that by the choices' lengths, and the right choice's probability among them (see `scores.best_choice`)."""
+    found: dict[str, list[float]] = {name: [] for name in CHOICE_KINDS}
+    for row in rows:
+        losses, correct = task["choice_loss"][row], task["correct"][row]
+        lengths = [len(choice) for choice in task["choices"][row]]
+        found["accuracy"].append(scores.best_choice(losses) == correct)
+        found["accuracy_norm"].append(scores.best_choice(losses, lengths) == correct)
+        found["choice_probability"].append(scores.choice_probability(losses, correct))
+    return {name: scores.mean(values) for name, values in found.items()}
+
+
 def without_words(log: Log) -> dict[str, dict[str, int]]:
     """By set: rows without ROUGE, whose answers have no word, and answers of which rouge-score's tokenizer drops letters."""
     found = {}
-    for name, (file, _) in TASKS.items():
-        if file in log:
-            task, rows = log[file], row_names(log[file])
-            none = [row for row in rows if task["rougeL_recall"][row] is None]
-            lossy = [row for row in rows if scores.loses_letters(task["generated_text"][row][-1])]
-            found[name] = {"without_rouge": len(none), "letters_dropped": len(lossy)}
+    for name, file in tasks_of(log).items():
+        task, rows = log[file], row_names(log[file])
+        none = [row for row in rows if task["rougeL_recall"][row] is None]
+        lossy = [row for row in rows if scores.loses_letters(task["generated_text"][row][-1])]
+        found[name] = {"without_rouge": len(none), "letters_dropped": len(lossy)}
     return found
 
 
@@ -155,10 +198,9 @@ def _fits(key: str, value: Any) -> bool:
 def columns(found: Mapping[str, Any]) -> dict[str, Any]:
     """The scores as the columns of TOFU's aggregate_stat.csv, "not available" in place of what has no value."""
     values = {
-        f"{kind} {title}": found[name][key]
-        for name, (_, title) in TASKS.items()
-        if name in found
-        for key, kind in KINDS.items()
+        f"{kind} {task_of(name)[1]}": found[name][key]
+        for name in sets_of(found)
+        for key, kind in (KINDS | MORE_KINDS).items()
         if key in found[name]
     } | {"Model Utility": found["model_utility"]}
     return {key: "not available" if np.isnan(value) else value for key, value in values.items()}
