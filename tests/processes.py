@@ -47,7 +47,7 @@ def run_script(folder: Path, words: list[str], env: dict[str, str], n: int | Non
         running = {process.sentinel: process for process in started}
         while running:
             for sentinel in wait(list(running)):
-                ended = running.pop(sentinel)  # type: ignore[call-overload]
+                ended = running.pop(sentinel)  # type: ignore[arg-type]
                 ended.join()
                 if ended.exitcode:
                     for other in running.values():
