@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -83,6 +84,27 @@ def test_a_third_benchmark_is_a_yaml_and_a_function(project: Path, kind: str) ->
         assert 'split go, row 1: has no question that "I don\'t know" could answer' in told.stderr
     wrong = run_in(project, f"{line} split=forget10", check=False)
     assert wrong.stderr.endswith("split=forget10: to unlearn is one of gone\n")
+
+
+def test_the_page_as_it_stands(project: Path) -> None:
+    """What the docs say of a new benchmark, word for word: its files written, its commands run."""
+    text = (ROOT / "docs/extending.md").read_text()
+    section = text[text.index("## A benchmark\n") : text.index("## A data set\n")]
+    for name, content in re.findall(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE):
+        (project / name).write_text(content)
+    run_in(project, "python make_people.py")
+    [commands] = re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    for command in commands.splitlines():
+        run_in(project, command)
+    table = pd.read_csv(project / "run/scores.csv").set_index("step")
+    assert {"houses", "forget_rouge", "forget_ps_exact", "auc_min_k"} < set(table)
+    last = project / f"run/checkpoint-{table.index[-1]}/eval_results/ds_size300"
+    said = pd.read_csv(last / "houses_rows.csv")
+    assert len(said) == 8
+    found = json.loads((last / "scores.json").read_text())
+    assert found["definitions"]["houses"] == "How often the greedy answer names the right house."
+    assert found["own"]["houses"] == table["houses"].iloc[-1]
+    assert (project / "run/geffect/figures/steps.png").exists()
 
 
 def test_an_objective_with_two_answers_is_a_yaml_and_a_function(project: Path, young: Path) -> None:
