@@ -270,7 +270,7 @@ def main() -> None:
         with refused(parser):
             prepared = {method: prepare(cfg) for method, cfg in configs.items()}
         methods = {method: compare(cfg, family, args) for method, (cfg, family) in prepared.items()}
-        pad_to = next(iter(configs.values())).max_length
+        pad_to = next(iter(prepared.values()))[0].max_length
     results = {"surroundings": surroundings(args.seed), "pad_to": pad_to, "methods": methods}
     publish(report(results), results, args.out)
 
