@@ -140,7 +140,7 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
     """The meter of the settings' objective and of their sweep's, on the original model."""
     import torch
 
-    from app.building import adapt, build_loss, compares, reference_of, rule_of, split_up, tokenizing
+    from app.building import adapt, build_loss, compares, reference_of, split_up, tokenizing
     from app.second import Speaker, of_measured
     from dataloader import beside_rows
     from unlearn.geffect import Meter, Target, Wanted
@@ -185,7 +185,7 @@ def build_meter(settings: GEffects, family: Family) -> Meter:
         batch_size=settings.batch_size,
         tokens_per_batch=settings.tokens_per_batch,
         offload=settings.geffect.offload,
-        rule=rule_of(settings),
+        rule=combined(settings),
         decode=lambda token: str(tokenizer.decode([token])),
     )
 
@@ -261,16 +261,23 @@ def while_unlearning(
         how: the trained model and how it is run, its budget shared.
         rows: tokenised, `forget` and held-out `retain`: of the risks.
     """
-    from app.building import rule_of
     from unlearn.geffect import GEffectCallback, Meter, Wanted
     from unlearn.geffect.parts import RISKS
 
-    wanted, rule = settings.geffect, None if settings.rule.name == "sum" else rule_of(settings)
+    wanted, rule = settings.geffect, combined(settings)
     risks = dict(zip(RISKS, (rows["forget"], rows["retain"]), strict=True))
     parts = Wanted(instances=wanted.instances, norms=wanted.norms)
     meter = Meter(how.model, target, risks, how.pad, parts, bf16=how.bf16, offload=wanted.offload, rule=rule)
     meter.budget = how.budget
     return GEffectCallback(meter, wanted.every, folder / "geffect", wanted.monitor)
+
+
+def combined(settings: Forget | GEffects) -> Any:
+    """What a gradient rule makes of two gradients; None of the sum, whose G-effects are the loss's."""
+    from app.building import rule_of
+
+    rule = None if settings.rule.name == "sum" else rule_of(settings)
+    return None if rule is None else rule.combine
 
 
 def held_out_by_run(settings: GEffects) -> int | None:

@@ -39,7 +39,7 @@ from unlearn.objectives.loss import Loss
 from unlearn.objectives.rows import Row, collate
 from unlearn.objectives.tokens import IGNORE
 from unlearn.passes.batches import set_batches
-from unlearn.training.rules import Rule, blur, gru, pcgrad, sago
+from unlearn.training.rules import blur, gru, pcgrad, sago
 
 pytestmark = pytest.mark.usefixtures("float64_throughout")
 
@@ -483,7 +483,7 @@ def test_a_gradient_rules_own_effects(rule: Any) -> None:
     """Of the step that it makes of the two gradients, the retain term's with its weight; the loss's are as without."""
     model, reference = shared_pair("llama")
     target = target_of("npo", reference, "gd")
-    measured = meter_of(model, target, Wanted(instances=False), rule=Rule(rule)).measure()["steps"]
+    measured = meter_of(model, target, Wanted(instances=False), rule=rule).measure()["steps"]
     parameters = dict(model.named_parameters())
     forget = gradient(slow_objective("npo", model, reference), parameters)
     retain = gradient(0.3 * torch.stack([slow_retain("gd", model, reference, row) for row in BESIDE]).sum(), parameters)

@@ -61,8 +61,8 @@ from unlearn.objectives.loss import Loss
 from unlearn.objectives.rows import Row, collate, seconds
 from unlearn.passes.batches import Batch, anew, on, over_processes, set_batches
 from unlearn.passes.sizes import Budget, Size
-from unlearn.training.rules import Rule
 
+Combine = Callable[[Vectors, Vectors], Iterator[tuple[str, Tensor]]]  # a step, tensor by tensor, of two gradients
 RISK = Loss(objective=mean_nll)  # R: the token-mean cross-entropy of a whole set
 PARTS = {"layers", "instances", "positions", "tokens"}  # the tables that add up to the totals
 ENOUGH = 8  # tokens of a row that the modules are looked at with
@@ -96,7 +96,7 @@ class Meter:
     decode: Callable[[int], str] = str
     offload: bool = False
     tokens_per_batch: int | None = None
-    rule: Rule | None = None
+    rule: Combine | None = None
 
     def __post_init__(self) -> None:
         if self.wanted.positions and not self.wanted.instances:
@@ -308,12 +308,12 @@ class Meter:
             steps = steps_table(sums_of(products), self._norm(sums), self.risk_norms())
             return {"steps": steps, "layers": by_module(self.sites, products, "geffect")}
 
-    def _ruled(self, rule: Rule) -> list[float]:
+    def _ruled(self, rule: Combine) -> list[float]:
         """<d, V>, d being what the rule makes of the two gradients over their whole sets; for a moving average stands g_r."""
         with summed(self.parameters) as forget, summed(self.parameters) as retain:
             self._sum_up(replace(self.target, retain=()), "gradient of the objective", forget)
             self._sum_up(replace(self.target, forget=()), "gradient of the retain term", retain)
-            found = read_all([dots(d, self.directions[name]) for name, d in rule.combine(forget, retain)], self.sharded)
+            found = read_all([dots(d, self.directions[name]) for name, d in rule(forget, retain)], self.sharded)
         return [math.fsum(found[d :: len(RISKS)]) for d in range(len(RISKS))]
 
     def _shares(self, targets: Sequence[Target]) -> Iterator[tuple[int, Batch, Tensor, Tensor]]:
