@@ -184,8 +184,13 @@ def assert_refused(
     assert {name: after.get(name) for name in before} == before
 
 
-@pytest.mark.parametrize("broken", FOLDERS)
-@pytest.mark.parametrize("script", CONFIGS)
+def each_by_one_script() -> list[Any]:
+    """All by each script; those that the suite leaves out are slow: it has each once, and the scripts take turns."""
+    pairs = [(script, broken, i % len(CONFIGS) == j) for i, broken in enumerate(FOLDERS) for j, script in enumerate(CONFIGS)]
+    return [pytest.param(script, broken, marks=[] if turn else pytest.mark.slow) for script, broken, turn in pairs]
+
+
+@pytest.mark.parametrize(("script", "broken"), each_by_one_script())
 def test_a_broken_model(
     script: str, broken: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

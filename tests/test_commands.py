@@ -62,7 +62,9 @@ def test_basher1(place: Path) -> None:
     assert "done already" in again.stderr
 
 
-@pytest.mark.parametrize("method", ["tnpo_gd", "wtnpo_0.5", "rmu_2_kl", "po_kl"])
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("tnpo_gd", "wtnpo_0.5", "po_kl")), "rmu_2_kl"]
+)
 def test_basher1_methods(place: Path, method: str) -> None:
     run_in(place, f"python basher1.py {method} --model=tiny --setting=forget05 num_epochs=1 output_dir=runs")
     [run] = (place / "runs/tiny").iterdir()
