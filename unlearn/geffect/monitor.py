@@ -5,7 +5,7 @@
 
 At the price of inner products: at each step one reading of V, of the gradient and of the weights, whose products with V say
 what the step before did. Products are of float32 (float64 for float64), summed so over `CHUNK` numbers at most and in float64
-over the rest: < g, V > is exact to 1e-5 of the product of the norms, and the update, a difference, to 1e-4 of the norm of
+over the rest: < g, V > is exact to 3e-5 of the product of the norms, and the update, a difference, to 1e-4 of the norm of
 theta times V element by element. (An Adam step at rate lr is lr sqrt(n) of the norm of V at most, and theta V some 0.05 of it.)
 
 D directions (the risks).
