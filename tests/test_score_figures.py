@@ -82,7 +82,9 @@ def panels(figure: Figure) -> list[Axes]:
 def test_every_line_is_a_column_in_the_order_of_its_steps(tmp_path: Path, drawn: list[Figure]) -> None:
     table = make_scores()
     assert draw_scores(put(tmp_path, table)) == [tmp_path / "figures" / "scores"]
-    assert [axes.get_ylabel() for axes in panels(drawn[0])] == [panel.label for panel in PANELS]
+    of_others = {"ROUGE-L F1", "accuracy"}  # of benchmarks whose scores the table has not
+    shown_panels = [panel.label for panel in PANELS if panel.label not in of_others]
+    assert [axes.get_ylabel() for axes in panels(drawn[0])] == shown_panels
     table = table.sort_values("step")
     columns = {name: list(zip(table["step"], table[name], strict=True)) for name in table if name not in ("step", "split")}
     shown = [points(line) for axes in panels(drawn[0]) for line in curves(axes)]
