@@ -124,13 +124,16 @@ def second_rows(
         key: the setting that says so.
 
     Raises:
-        ValueError: a row does not have that column.
+        ValueError: a row has nothing in that column, or other than texts.
     """
     if source == "idk":
         return [[row] for row in idk_rows(rows, seed)]
     if lacking := [str(row.get(PLACE, row)) for row in rows if not row.get(source)]:
-        raise ValueError(f'{key}={source}: {lacking[0]} has no such column; idk stands for "I don\'t know" sentences')
-    answers = [[row[source]] if isinstance(row[source], str) else row[source] for row in rows]
+        raise ValueError(f'{key}={source}: {lacking[0]} has nothing in that column; idk stands for "I don\'t know" sentences')
+    answers = [row[source] if isinstance(row[source], list) else [row[source]] for row in rows]
+    for row, of in zip(rows, answers, strict=True):
+        if strange := [answer for answer in of if not (isinstance(answer, str) and answer)]:
+            raise ValueError(f"{key}={source}: {row.get(PLACE, row)}: an answer there is a text, and not {strange[0]!r}")
     return [[row | {"answer": answer} for answer in of] for row, of in zip(rows, answers, strict=True)]
 
 

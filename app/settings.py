@@ -150,6 +150,11 @@ OF_OPEN |= {
     "alternatives": Count,
     "temperature": Positive,
     "top_k": Count,
+    "tau": Positive,
+    "beta1": NotNegative,
+    "beta2": NotNegative,
+    "divergence": Literal["tv", "kl", "js", "pearson"],
+    "direction": Literal["forward", "reverse"],
 }  # keys of open groups that have a range, by their last name
 
 

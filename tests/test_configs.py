@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -23,6 +23,8 @@ from app.families import load_families, load_family
 from app.fields import flatten
 from app.filling import with_family
 from app.runs import finetuned_folder, original_model
+from app.settings import OF_OPEN
+from unlearn.objectives.answers import DIVERGENCES
 from unlearn.objectives.needs import needs_reference
 
 CONFIG = ROOT / "config"
@@ -45,6 +47,13 @@ def test_there_are_configs() -> None:
     assert {"ga", "wga", "npo", "tnpo", "wtnpo", "rmu", "idk", "gd", "kl"} <= set(METHODS)
     assert {"sum", "pcgrad", "gru", "blur", "sago"} <= set(RULES)
     assert {"none", "gd", "kl", "hidden", "ap", "jensun", "circuit_breakers"} <= set(RETAIN)
+
+
+def test_a_choice_that_is_refused_early_is_the_objectives_own() -> None:
+    assert set(get_args(OF_OPEN["divergence"])) == set(DIVERGENCES)
+    for words in ("method=ipo hyper_param=-1", "method=satimp method.beta2=-1", "method=flat method.divergence=hinge"):
+        with pytest.raises(ValueError, match=r"^method\.(objective\.tau=-1|beta2=-1|divergence=hinge): needs to be"):
+            given("forget", ["model_family=tiny", *words.split()])
 
 
 @pytest.mark.parametrize("name", PRIMARY)

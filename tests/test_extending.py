@@ -57,7 +57,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", ["questions", "texts"])
+@pytest.mark.parametrize("kind", ["questions", pytest.param("texts", marks=pytest.mark.slow)])
 def test_a_third_benchmark_is_a_yaml_and_a_function(project: Path, kind: str) -> None:
     """Fine-tuned, unlearned, measured and scored as the others are."""
     (project / "config/benchmark/toys.yaml").write_text(BENCHMARK)

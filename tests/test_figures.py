@@ -328,8 +328,8 @@ def test_objectives_over_the_steps(drawn: dict[str, Figure], folder: Path) -> No
 def test_a_sweep_is_a_line_a_method(drawn: dict[str, Figure]) -> None:
     lines = {str(line.get_label()): line for line in drawn["sweep"].axes[0].lines}
     assert list(data(lines["wga"], "x")) == [1, 5]
-    assert {"wga", "npo", "idk (none)"} <= set(lines)
-    assert {text.get_text() for text in drawn["sweep"].legends[0].get_texts()} == {"wga", "npo", "idk (none)"}
+    assert {"wga", "npo", "idk (default)"} <= set(lines)
+    assert {text.get_text() for text in drawn["sweep"].legends[0].get_texts()} == {"wga", "npo", "idk (default)"}
 
 
 # Files

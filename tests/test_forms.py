@@ -107,7 +107,12 @@ CHOICES = "columns.question=stem columns.choices=options columns.answer=key"
 
 
 @pytest.mark.parametrize(
-    ("end", "names"), [(".jsonl", NAMES), (".txt", ""), ("_choices.json", CHOICES)], ids=["questions", "texts", "choices"]
+    ("end", "names"),
+    [
+        pytest.param(".jsonl", NAMES, id="questions", marks=pytest.mark.slow),
+        pytest.param(".txt", "", id="texts"),
+        pytest.param("_choices.json", CHOICES, id="choices"),
+    ],
 )
 def test_every_form_goes_the_whole_way(place: Path, end: str, names: str) -> None:
     """The names are given to what trains; what measures and scores has them from the run."""

@@ -229,9 +229,13 @@ def test_the_figure_shows_lines_and_measured_points() -> None:
     assert shown[0] == [[0, 2, 4, 6, 8], [1, 1, 1]]
     assert shown[3] == [[11, 13, 15, 17, 19], [2, 2, 2]]
     assert draw_monitor(pd.DataFrame(), measured, measured) is None
+    ruled = draw_monitor(monitor, measured.assign(geffect=1.0, rule_geffect=-3.0), measured.assign(update_effect=2.0))
+    assert isinstance(ruled, Figure)
+    first: Any = ruled.axes[0]
+    assert [list(line.get_ydata()) for line in first.lines if len(line.get_xdata()) == 3] == [[-3, -3, -3]]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_write_what_one_does(parallel: str, unkilled: Path, young: Path, tmp_path: Path) -> None:
     """Whole gradients on each, and shards whose inner products are added up: the first steps', to rounding."""
     words = f"{RUN.format(young=young)} geffect.every=4 geffect.instances=false geffect.monitor=true"

@@ -18,6 +18,7 @@ from app.compose import given
 from app.families import load_family
 from app.runs import made_of
 from app.settings import GEffects, Method, Retain
+from dataloader import second_rows
 from unlearn.io.rows import read_jsonl
 from unlearn.models.checkpoints import load_model
 from unlearn.objectives.rows import tokenize_pairs
@@ -44,6 +45,12 @@ def run(young: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("altpo")
     run_in(folder, f"python {command(young)}")
     return folder / "run"
+
+
+@pytest.mark.parametrize("value", ["", [], None, 5, [5], ["Ada", ""]])
+def test_a_column_of_other_than_texts_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^method.second=other: .*(nothing in that column|an answer there is a text)"):
+        second_rows([{"question": "Who?", "answer": "Ada", "other": value}], "other", 0)
 
 
 # ---- drawing ----

@@ -287,7 +287,7 @@ def sweep_line(axes: Axes, lines: DataFrame, i: int) -> None:
     for method in swept["method"].unique():
         axes.plot(swept["hyper_param"], swept["geffect"], color=colour, marker=marker, label=method)
     for line in lines[lines["hyper_param"].isna()].itertuples():
-        axes.axhline(line.geffect, color=colour, linestyle=("--", "-.", ":")[i % 3], label=f"{line.method} (none)")
+        axes.axhline(line.geffect, color=colour, linestyle=("--", "-.", ":")[i % 3], label=f"{line.method} (default)")
 
 
 # The command

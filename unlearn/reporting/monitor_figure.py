@@ -28,11 +28,14 @@ PANELS = {
 def draw_monitor(monitor: DataFrame, steps: DataFrame, prediction: DataFrame) -> Figure | None:
     """Above: each step's own gradient along V, below its update, as a line a risk; as points the values at measurements.
 
-    None where there is no monitor. The points above are of the whole forget set in eval mode, the line of the step's rows.
+    None where there is no monitor. The points above are of the whole forget set in eval mode, the line of the step's rows;
+    with a gradient rule both are of what it makes.
     """
     risks = risks_of(monitor)
     if not risks:
         return None
+    if "rule_geffect" in steps:
+        steps = steps.assign(geffect=steps["rule_geffect"].fillna(steps["geffect"]))
     figure = new_figure(4.2, WIDE if len(risks) > 1 else NARROW)
     grid = figure.subplots(2, len(risks), squeeze=False)
     for column, risk in zip(grid.T, risks, strict=True):

@@ -22,7 +22,7 @@ class Columns(NamedTuple):
 
 
 TABLES = {
-    "steps.csv": Columns(("step", "risk"), ("geffect", "cosine", "risk_value")),
+    "steps.csv": Columns(("step", "risk"), ("geffect", "cosine", "risk_value"), optional=("rule_geffect",)),
     "layers.csv": Columns(("step", "risk", "layer", "module"), ("geffect",)),
     "updates.csv": Columns(("step", "risk", "layer", "module"), ("update_effect",)),
     "instances.csv": Columns(("step", "risk", "row"), ("geffect",), ("risk", "row")),
