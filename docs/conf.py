@@ -37,7 +37,9 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False  # the signature has them
 
-nitpicky = True  # but for what these pages do not have: other packages' classes, aliases and variables of types, private classes
+nitpicky = (
+    True  # but for what these pages do not have: other packages' classes, aliases and variables of types, private classes
+)
 nitpick_ignore_regex = [("py:.*", rf"(?!unlearn\.).*\..*|{'|'.join(ALIASES)}|Tensor|.*\._\w+|.*\.T")]
 linkcheck_timeout = 30
 
