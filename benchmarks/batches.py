@@ -10,20 +10,12 @@ same risks, is not timed.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
-import torch
-from geffect_all import clock
-from measuring import positive
+from geffect_all import asked, clock
 from pages import page, publish, ratio, span, spread, surroundings, table, times
 from tqdm import tqdm
 
-import compute_geffect
-from app.compose import given
-from app.door import quote
-from app.measuring import build_meter
 from unlearn.geffect.meter import Meter
 from unlearn.passes.batches import set_batches
 from unlearn.passes.sizes import Size
@@ -71,17 +63,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=positive, default=32, help="to forget, and to keep (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=3, help="each size in turn (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=1, help="(%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="where the page goes, and all numbers, FILE.json")
-    parser.add_argument("words", nargs="+", metavar="KEY=VALUE", help="compute_geffect.py's settings")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    words = [*args.words, "save_dir=unused", "method=ga", "retain=none"]
-    settings, family = compute_geffect.prepare(given("forget_ge", [quote(word) for word in words]))
-    meter = build_meter(settings, family)
+    args, settings, _, meter = asked(__doc__, 32)
     meter.risks = {risk: rows[: args.rows] for risk, rows in meter.risks.items()}
     with meter.trained(True):
         seconds = race(meter, args.rounds)

@@ -129,18 +129,23 @@ def report(results: dict[str, Any]) -> str:
     return page("Sweeps", results, about, table("| | seconds |", rows), target_table(results["targets"]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=positive, default=16, help="to forget, and to keep (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=3, help="each way in turn (%(default)s)")
+def asked(doc: str | None, rows: int, *more: str) -> tuple[argparse.Namespace, GEffects, Family, Meter]:
+    """The command's options (`rows`: the default), compute_geffect.py's settings behind them with `more`, and their meter."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=positive, default=rows, help="to forget, and to keep (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=3, help="each in turn (%(default)s)")
     parser.add_argument("--threads", type=positive, default=1, help="(%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="where the page goes, and all numbers, FILE.json")
     parser.add_argument("words", nargs="+", metavar="KEY=VALUE", help="compute_geffect.py's settings")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    words = [*args.words, "sweep=all", "save_dir=unused", "method=ga", "retain=none", "dtype=float32"]
+    words = [*args.words, "save_dir=unused", "method=ga", "retain=none", *more]
     settings, family = compute_geffect.prepare(given("forget_ge", [quote(word) for word in words]))
-    meter = build_meter(settings, family)
+    return args, settings, family, build_meter(settings, family)
+
+
+def main() -> None:
+    args, settings, family, meter = asked(__doc__, 16, "sweep=all", "dtype=float32")
     everything: Targets = {name: first(target, args.rows) for name, target in meter.sweep.items()}
     compared = everything["npo", None].forget  # with their losses before unlearning
     outputs = of_outputs(settings, family, meter, compared)
