@@ -124,7 +124,7 @@ def second_rows(
         key: the setting that says so.
 
     Raises:
-        ValueError: a row has nothing in that column, or other than texts.
+        ValueError: a row has nothing in that column, other than texts, or its own answer.
     """
     if source == "idk":
         return [[row] for row in idk_rows(rows, seed)]
@@ -134,6 +134,8 @@ def second_rows(
     for row, of in zip(rows, answers, strict=True):
         if strange := [answer for answer in of if not (isinstance(answer, str) and answer)]:
             raise ValueError(f"{key}={source}: {row.get(PLACE, row)}: an answer there is a text, and not {strange[0]!r}")
+        if row["answer"] in of:
+            raise ValueError(f"{key}={source}: {row.get(PLACE, row)}: an answer there is the row's own, and so no second one")
     return [[row | {"answer": answer} for answer in of] for row, of in zip(rows, answers, strict=True)]
 
 

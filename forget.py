@@ -83,7 +83,7 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     from app import building
     from app.building import build_loss, how_to_train, load_to_train, step_batches, with_reference, with_second
     from app.measuring import while_unlearning
-    from app.second import Speaker, with_generated
+    from app.second import Speaker, check_second, with_generated
     from dataloader import beside_rows, idk_rows
     from unlearn.geffect import Target
     from unlearn.models.checkpoints import load_weights, pad_id
@@ -93,6 +93,7 @@ def unlearn(settings: Forget, family: Family, folder: Path) -> None:
     from unlearn.scores import ScoreCallback
     from unlearn.training import train
 
+    check_second(data, settings)
     bf16 = use_bfloat16(settings.dtype, family.dtype)
     tokenizer, model = load_to_train(settings, family, settings.model_path, folder)
     building.check_room(settings, model, checkpoints(settings, steps))  # not known before for a hub's model, or for adapters

@@ -212,6 +212,8 @@ def check_method(settings: Forget) -> None:
     method, retain = settings.method, settings.retain
     if settings.geffect.monitor and not settings.geffect.every:
         raise ValueError("geffect.monitor=true: along what geffect.every measures, which is 0; geffect.every=1 or more")
+    if method.refusal == "":
+        raise ValueError(f"method.refusal='': method={method.name} needs a text; its YAML has one")
     if method.name in RETAINED and retain.name != method.name:
         raise ValueError(f"retain={retain.name}: method={method.name} is ga with the retain term {method.name} already")
     if method.negate is None:

@@ -90,10 +90,18 @@ def check_open(name: str, found: dict[str, Any]) -> None:
         if key not in of_file:
             parent = key.rpartition(".")[0]
             beside = [k for k in of_file if k.startswith(f"{parent}." if parent else "")]
-            raise ValueError(unknown(f"{name}.{key}", list(dict.fromkeys(k.partition(".")[0] for k in beside))))
+            names = list(dict.fromkeys(k.partition(".")[0] for k in beside))
+            raise ValueError(unknown(f"{name}.{key}", names) + owners(name, key))
         kind = OF_OPEN.get(key.rpartition(".")[2]) or like(of_file[key])
         if kind is not None:
             check_value(f"{name}.{key}", value, kind)
+
+
+def owners(name: str, key: str) -> str:
+    """Which of a group's YAMLs have the key."""
+    files = sorted(file.stem for file in (CONFIG / name).glob("*.yaml"))
+    having = [choice for choice in files if key in flatten(group(name, choice))]
+    return f"; {name}={'|'.join(having)} has {key}" if having else ""
 
 
 def like(default: Any) -> Any:

@@ -92,7 +92,7 @@ def what(field: FieldInfo) -> str:
     """What the field's value needs to be: "a whole number of at least 1", "one of a, b", ..."""
     if get_origin(field.annotation) is list:
         return "a list, [A,B,...]"
-    [kind, *_] = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not NoneType]
+    [kind, *others] = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not NoneType]
     metadata = [*field.metadata]
     while get_origin(kind) is Annotated:
         kind, *more = get_args(kind)
@@ -106,7 +106,12 @@ def what(field: FieldInfo) -> str:
     if kind is str:
         return "a text"
     whole = kind is int and float not in get_args(field.annotation) and float not in get_args(kind)
-    return f"a {'whole ' if whole else ''}number{_bounds(metadata)}"
+    several = " or a list of such, [A,B,...]" if any(get_origin(_bare(other)) is list for other in others) else ""
+    return f"a {'whole ' if whole else ''}number{_bounds(metadata)}{several}"
+
+
+def _bare(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _bounds(metadata: list[Any]) -> str:

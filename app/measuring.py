@@ -74,7 +74,7 @@ def parse_sweep(settings: GEffects, tell: Callable[[str], None] = lambda _: None
 
 def entries(settings: GEffects) -> list[Any]:
     """`sweep=all` is `sweep=[all]`."""
-    return ["all"] if settings.sweep == "all" else list(settings.sweep or [])
+    return [settings.sweep] if isinstance(settings.sweep, str) else list(settings.sweep or [])
 
 
 @cache

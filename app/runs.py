@@ -138,8 +138,13 @@ def record_of(settings: Common, made_of: Mapping[str, Any] | None = None) -> dic
 
 def open_run(folder: Path, settings: Common, made_of: MadeOf | None = None) -> None:
     """Make the run's folder with its config.yaml: all settings, their hash, what it is made of, and versions."""
-    if is_main_process() and not (folder / "config.yaml").exists():
+    if is_main_process() and not (begun(folder) and (folder / "config.yaml").exists()):
         write_whole(folder / "config.yaml", yaml.safe_dump(record_of(settings, made_of), sort_keys=False))
+
+
+def begun(folder: Path) -> bool:
+    """Whether the folder has more than the note of a run, as one has that ended at its rows."""
+    return any(path.name != "config.yaml" for path in folder.iterdir()) if folder.is_dir() else False
 
 
 def note_data(folder: Path, name: str, digest: str) -> None:
@@ -160,10 +165,10 @@ def noted_data(folder: Path, name: str) -> str | None:
 def check_run(folder: Path, settings: Common, made_of: MadeOf | None = None, name: str = "config.yaml") -> None:
     """Raises ValueError where the folder holds a run, or results, of other settings, data or models: which ones.
 
-    What an earlier version did not note is taken to be the same.
+    What an earlier version did not note is taken to be the same; a run that has not begun is none.
     """
     file = folder / name
-    if not file.exists():
+    if not file.exists() or not begun(folder):
         return
     record = read_record(file)
     if not isinstance(there := record.get("settings"), dict):

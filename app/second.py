@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.data import FILES, PLACE, Rows, hash_text
+from app.data import FILES, PLACE, Rows, UnlearningData, hash_text
 from app.families import Family
 from app.runs import SECOND, note_data, noted_data, run_of, saved_settings
 from app.settings import Forget, GEffects, Method, Retain
+from dataloader import second_rows
 from unlearn.io.files import write_whole
 from unlearn.io.rows import read_jsonl
 from unlearn.io.weights import hash_file
@@ -58,6 +59,14 @@ def generates(method: Method, rows: Rows) -> bool:
     if without := [str(row.get(PLACE, row)) for row in rows if "question" not in row]:
         raise ValueError(f"method.second={GENERATED}: {without[0]}: has no question that could be answered otherwise")
     return True
+
+
+def check_second(data: UnlearningData, settings: Forget) -> None:
+    """Raises ValueError where a row lacks the second answers that are in the rows, before a model is loaded."""
+    if settings.method.second is not None and not generates(settings.method, data.forget):
+        second_rows(data.forget, settings.method.second, settings.seed)
+    if settings.retain.second is not None and settings.retain.term:
+        second_rows(data.retain, settings.retain.second, settings.seed, "retain.second")
 
 
 def with_generated(rows: Rows, settings: Forget, folder: Path, speaker: Speaker) -> Rows:

@@ -147,6 +147,7 @@ Layers = Whole | Annotated[list[Whole], Field(min_length=1)] | None
 OF_OPEN: dict[str, Any] = {"layer": Layers, "beta": Positive, "average": Share, "start": NotNegative, "eta": NotNegative}
 OF_OPEN |= {
     "warmup": Share,
+    "n": Whole,
     "alternatives": Count,
     "temperature": Positive,
     "top_k": Count,
@@ -295,7 +296,7 @@ class GEffects(Common):
     tokens: bool = setting(False, "true: also by label token", may_differ=True)
     positions: bool = setting(False, "true: also by position and layer, prompts included", may_differ=True)
     gradient_checkpointing: bool = setting(None, "recompute activations; null: the run's", may_differ=True, inherited=True)
-    sweep: list[Any] | Literal["all"] | None = setting(
+    sweep: list[Any] | str | None = setting(
         None, "also the totals of other objectives, in one pass: [ga,wga:5,npo_kl:0.1,rmu_7:2]; all: every one", may_differ=True
     )
     sweep_norms: bool = setting(False, "also norm and cosines of each of a sweep: a backward pass for each", may_differ=True)

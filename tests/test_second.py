@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 from app import second
 from app.compose import given
 from app.families import load_family
-from app.runs import made_of
+from app.runs import check_run, made_of, open_run
 from app.settings import GEffects, Method, Retain
 from dataloader import second_rows
 from unlearn.io.rows import read_jsonl
@@ -166,6 +167,40 @@ def test_the_same_rows_on_every_process(young: Path, run: Path, tmp_path: Path, 
     more = f"parallel={parallel} num_epochs=1 batch_size=2"
     run_in(tmp_path, f"torchrun --nproc_per_node=2 {command(young, 'run', more)}")
     assert (tmp_path / "run/second.jsonl").read_bytes() == (run / "second.jsonl").read_bytes()
+
+
+def test_bad_rows_are_mended_in_place(young: Path, tmp_path: Path) -> None:
+    """Refused before a model is loaded; once the rows are mended, the same command runs."""
+    rows = [{"question": f"Where is {i}?", "answer": "Riga", "other": "Oslo"} for i in range(8)]
+    file = tmp_path / "rows.jsonl"
+
+    def forget(other: str) -> subprocess.CompletedProcess[str]:
+        rows[2]["other"] = other
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        how = f"method=ipo method.second=other batch_size=2 num_epochs=1 model_path={young} save_dir=run"
+        data = "forget_data=rows.jsonl retain_data=rows.jsonl gradient_accumulation_steps=1"
+        return run_in(
+            tmp_path, f"python {ROOT}/forget.py model_family=tiny {how} {data} model_path={young} save_dir=run", check=False
+        )
+
+    for other, why in (("", "row 3 has nothing in that column"), ("Riga", "row 3: an answer there is the row's own")):
+        refused = forget(other)
+        assert refused.returncode == 2, refused.stderr
+        assert f"method.second=other: rows.jsonl, {why}" in refused.stderr.splitlines()[-1]
+    assert forget("Rome").returncode == 0
+
+
+def test_a_run_that_has_not_begun_is_none(tmp_path: Path) -> None:
+    """A folder with nothing but the note of a run is for any other; with more it is that run's."""
+    settings = given("forget", ["model_family=tiny", "method=ga", "split=forget05", f"save_dir={tmp_path}"])
+    other = settings.model_copy(update={"seed": 7})
+    open_run(tmp_path, settings)
+    check_run(tmp_path, other)
+    open_run(tmp_path, other)
+    (tmp_path / "logs").mkdir()
+    check_run(tmp_path, other)
+    with pytest.raises(ValueError, match="holds a run of other settings: seed=7 there, 42 here"):
+        check_run(tmp_path, settings)
 
 
 # ---- measuring ----
