@@ -27,7 +27,7 @@ from unlearn import objectives
 from unlearn.geffect import sharing, tangents
 from unlearn.geffect.meter import Meter
 from unlearn.geffect.target import Target, Wanted
-from unlearn.objectives import Counts, Loss, Tokens, needs
+from unlearn.objectives import Counts, Loss, Tokens, needs, statistics
 from unlearn.objectives.needs import looks_at_layers, needs_of, needs_reference
 from unlearn.objectives.rows import Row
 
@@ -194,6 +194,27 @@ def test_a_sweep_of_all_is_each_measured_alone(method: str, term: str) -> None:
     alone = meter_of(meter.model, target_of(method, term), Wanted(instances=False)).measure()["steps"]
     here = found[found["method"] == f"{method} {term}"]
     assert_close(here["geffect"], alone["geffect"])
+
+
+def test_statistics_change_as_forward_mode_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens at a time, across rows, as all at once by `jvp`."""
+    draw = torch.Generator().manual_seed(0)
+    z, reference, first, second = torch.randn(4, 11, 13, dtype=torch.float64, generator=draw)
+    row, label = torch.tensor([0] * 4 + [1] * 6 + [2]), torch.randint(13, (11,), generator=draw)
+    of = Tokens(z.new_empty(0), row, 3, z, label=label, ref_logits=reference, refusal=torch.tensor([3, 1, 4]))
+    monkeypatch.setattr(statistics, "AT_ONCE", 3 * 13)
+    values, tangents = statistics.along(of, statistics.STATISTICS, torch.stack([first, second]))
+
+    def whole(z: Tensor) -> dict[str, Tensor]:
+        found = statistics.statistics(replace(of, logits=z), statistics.STATISTICS)
+        return found | {"nll": F.cross_entropy(z, label, reduction="none")}
+
+    for d, change in enumerate((first, second)):
+        expected, along = torch.func.jvp(whole, (z,), (change,))  # type: ignore[misc]
+        for name in expected:
+            torch.testing.assert_close(values[name], expected[name], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(tangents[name][d], along[name], rtol=1e-12, atol=1e-12)
+    assert set(values) == set(expected)
 
 
 def test_each_distinct_row_passes_once() -> None:

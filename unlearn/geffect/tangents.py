@@ -3,7 +3,7 @@
 One forward pass carries the outputs' tangents (their change along each V). An objective is a function of the outputs, so
 its G-effect is its gradient with respect to them times the tangents: a small contraction for each objective and
 hyper-parameter. The pass costs 2 FLOP a parameter and token, and 4 more for each direction. Of the distributions over the
-vocabulary it gives statistics, formed in it; the logits and their tangents only where an objective reads them themselves.
+vocabulary it gives statistics; the logits and their tangents only where an objective reads them themselves.
 
 Letters: M label tokens of the batch, D directions, V vocabulary, d hidden size.
 """
@@ -25,12 +25,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from unlearn.geffect.risks import Directions
 from unlearn.objectives.loss import Loss
-from unlearn.objectives.statistics import STATISTICS, statistics
-from unlearn.objectives.tokens import Layer, Tokens, label_positions_of, layers_of, pick, token_outputs
+from unlearn.objectives.statistics import STATISTICS, along
+from unlearn.objectives.tokens import Layer, Tokens, label_positions_of, layers_of, outputs_at, pick
 from unlearn.passes.batches import Batch
 
 Weights = dict[str, Tensor]
-ALWAYS = frozenset({"nll", "hidden"})  # of `Tokens`, what the model's weights change and a pass gives where it is there
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,13 @@ class Dual:
 class _Outputs(nn.Module):
     """The label tokens' outputs as a module's, so that its parameters can be replaced by dual numbers."""
 
-    def __init__(
-        self, model: nn.Module, batch: Batch, layers: tuple[int, ...], wanted: frozenset[str], given: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, layers: tuple[int, ...]) -> None:
         super().__init__()
-        self.model = model
-        self.batch, self.layers, self.wanted, self.given = batch, layers, wanted, given
+        self.model, self.batch, self.layers = model, batch, layers
 
     def forward(self) -> dict[str, Tensor]:
-        tokens = replace(token_outputs(self.model, self.batch, self.layers or None), **self.given)
-        found = {name: getattr(tokens, name) for name in (self.wanted & {"logits"}) | ALWAYS}
-        found |= statistics(tokens, sorted(self.wanted & STATISTICS.keys()))
-        return {name: value for name, value in found.items() if value is not None}
+        logits, hidden = outputs_at(self.model, self.batch, label_positions_of(self.batch), self.layers or None)
+        return {"logits": logits} if hidden is None else {"logits": logits, "hidden": hidden}
 
 
 @torch.no_grad()  # not inference_mode: tangents silently vanish there
@@ -91,7 +85,7 @@ def token_tangents(
         given: what statistics are made of beside logits, and what does not change: `refusal`, `ref_logits`, `ref_hidden`.
     """
     layers, given = layers_of(layer), given or {}
-    outputs = _Outputs(model, batch, layers, wanted, given)
+    outputs = _Outputs(model, batch, layers)
     weights = {f"model.{name}": p.detach() for name, p in parameters.items()}
     v = {name: directions[name.removeprefix("model.")].to(w) for name, w in weights.items()}
 
@@ -103,8 +97,12 @@ def token_tangents(
     labels = batch["labels"]
     at = label_positions_of(batch)
     row, label = at // labels.shape[1], labels.flatten()[at + 1]
-    kept = {"logits": None} | found | {name: x for name, x in given.items() if name in wanted}
-    return Dual(Tokens(row=row, n_rows=len(labels), label=label, **kept), tangents, layers)
+    tokens = Tokens(row=row, n_rows=len(labels), label=label, nll=at.new_empty(0), **found | given)
+    values, changes = along(tokens, sorted(wanted & STATISTICS.keys()), tangents["logits"])
+    dropped: dict[str, Any] = {name: None for name in ("logits", *given) if name not in wanted}
+    if "logits" in dropped:
+        del tangents["logits"]
+    return Dual(replace(tokens, **values | dropped), tangents | changes, layers)
 
 
 def along_each(f: Callable[[Weights], Any], w: Weights, v: Weights) -> tuple[Any, Any]:

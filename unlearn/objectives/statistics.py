@@ -1,7 +1,7 @@
 """What objectives see of the whole distribution at a label position: a few numbers of it, (M,) each.
 
-They are formed where an objective reads one. The forward-mode pass forms those that any objective needs inside itself,
-and so carries their tangents, (D, M), in place of the logits', (D, M, V): the vocabulary is passed over once for all.
+They are formed where an objective reads one. The forward-mode pass forms those that any objective needs, with their
+tangents, (D, M), and drops the logits' own, (D, M, V): the vocabulary is passed over once for all.
 
 Letters as in `.functions`: z the logits, p = softmax(z), y the label, ^r of the reference; x\\y: of all tokens but the label.
 """
@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlearn.objectives.tokens import Tokens
+from unlearn.objectives.tokens import Tokens, nll_of
 
+AT_ONCE = 2**20  # logits that a core's caches hold; a GPU takes more
 # By name, with what else of `Tokens` it is made of; the methods of `Vocabulary`.
 STATISTICS: dict[str, str | None] = {
     "from_uniform": None,
@@ -38,11 +40,51 @@ def statistics(tokens: Tokens, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: getattr(of, name)() for name in names}
 
 
-class Vocabulary:
-    """The label tokens' distributions, and the statistics of them, in nats where they are entropies."""
+def along(tokens: Tokens, names: Iterable[str], changes: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`nll` and those statistics, (M,) each, by name, and their tangents, (D, M).
 
-    def __init__(self, tokens: Tokens) -> None:
+    Each is of its own token's logits, so that its tangent is its gradient with respect to these times their change. Few
+    tokens are taken at a time: what is formed of them stays in the caches.
+
+    Args:
+        changes: (D, M, V) tangents of the logits.
+    """
+    z = tokens.logits
+    n = max(1, AT_ONCE * (16 if z.is_cuda else 1) // z.shape[1])
+    place, values = tokens.place(), {name: z.new_empty(len(z)) for name in ("nll", *names)}
+    tangents = {name: changes.new_zeros(changes.shape[:2]) for name in values}
+    for first in range(0, len(z), n):
+        part = slice(first, first + n)
+        with torch.enable_grad():
+            leaf = z[part].detach().requires_grad_()
+            of = Vocabulary(replace(tokens.at(part), logits=leaf), place[part])
+            found = {name: getattr(of, name)() for name in values}
+            for name, value in found.items():
+                values[name][part] = value.detach()
+                if value.requires_grad:
+                    [gradient] = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
+                    tangents[name][:, part] = (gradient * changes[:, part]).sum(-1)
+    return values, tangents
+
+
+class Vocabulary:
+    """The label tokens' distributions, and the statistics of them, in nats where they are entropies.
+
+    Attributes:
+        place: (M,) how many label tokens of its row stand before each.
+    """
+
+    def __init__(self, tokens: Tokens, place: Tensor | None = None) -> None:
         self.tokens, self.z = tokens, tokens.logits
+        self._place = place
+
+    @cached_property
+    def place(self) -> Tensor:
+        return self.tokens.place() if self._place is None else self._place
+
+    def nll(self) -> Tensor:
+        assert self.tokens.label is not None
+        return nll_of(self.z, self.tokens.label)
 
     @cached_property
     def log_p(self) -> Tensor:
@@ -85,7 +127,7 @@ class Vocabulary:
         """-log p of the refusal's tokens, repeated along each answer."""
         refusal = self.tokens.refusal
         assert refusal is not None
-        return F.cross_entropy(self.z, refusal[self.tokens.place() % len(refusal)], reduction="none")
+        return F.cross_entropy(self.z, refusal[self.place % len(refusal)], reduction="none")
 
     def ref_kl(self) -> Tensor:
         """KL(p^r || p)."""

@@ -99,16 +99,17 @@ class Tokens:
         """
         m = int((self.row < n).sum()) if m is None else m
         size = len(self.row)  # all of them are not cut out: a slice's gradient is a copy with zeros around
-        first = self if m == size else self._at(slice(None, m))
-        rest = self if m == 0 else self._at(slice(m, None))
+        first = self if m == size else self.at(slice(None, m))
+        rest = self if m == 0 else self.at(slice(m, None))
         return replace(first, n_rows=n), replace(rest, row=rest.row - n, n_rows=self.n_rows - n)
 
     def take(self, rows: Tensor) -> Tokens:
         """The tokens of those rows, (n,), in that order; a row may be there more than once."""
         row, at = (rows.unsqueeze(1) == self.row).nonzero(as_tuple=True)
-        return replace(self._at(at), row=row, n_rows=len(rows))
+        return replace(self.at(at), row=row, n_rows=len(rows))
 
-    def _at(self, part: slice | Tensor) -> Tokens:
+    def at(self, part: slice | Tensor) -> Tokens:
+        """Those tokens, of the same rows."""
         of_run = ("noise", "refusal")  # not a token's
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in of_run}
         found: dict[str, Any] = {name: x[part] for name, x in values.items() if isinstance(x, Tensor)}
@@ -192,8 +193,12 @@ def token_outputs(model: nn.Module, batch: Mapping[str, Any], layer: Layer = Non
     at = label_positions_of(batch)
     logits, hidden = outputs_at(model, batch, at, layer)
     label = labels.flatten()[at + 1]
-    nll = F.cross_entropy(logits, label, reduction="none")
-    return Tokens(nll, at // labels.shape[1], labels.shape[0], logits, hidden, label=label)
+    return Tokens(nll_of(logits, label), at // labels.shape[1], labels.shape[0], logits, hidden, label=label)
+
+
+def nll_of(logits: Tensor, label: Tensor) -> Tensor:
+    """(M,) nats: -log softmax(logits)[label]."""
+    return F.cross_entropy(logits, label, reduction="none")
 
 
 def outputs_at(
