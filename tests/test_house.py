@@ -16,7 +16,7 @@ import unlearn
 
 MODULES = {"dataloader", "utils"}
 SCRIPTS = {"finetune", "forget", "compute_geffect", "evaluation_everything", "tofu_evaluation", "basher1", "basher2"}
-SCRIPTS |= {"robustness"}
+SCRIPTS |= {"robustness", "console"}
 PACKAGE = sorted((ROOT / "unlearn").rglob("*.py"))
 ROOMS = {  # of the package: which others each may import
     "io": set(),
@@ -159,11 +159,13 @@ def test_the_command_line_imports_torch_late() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_only_the_package_is_installed() -> None:
+def test_what_is_installed_has_two_names() -> None:
+    """The library, and a folder with all else, whose modules are found by its own command only."""
     text = (ROOT / "pyproject.toml").read_text()
-    assert re.search(r'^\[tool\.setuptools\]\npackages\.find = { include = \["unlearn\*"\] }$', text, re.MULTILINE)
+    listed = re.search(r"^packages = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    assert {name.partition(".")[0] for name in re.findall(r'"(.*?)"', listed[1])} == {"unlearn", "geffect"}
     assert "py-modules" not in text
-    assert "scripts]" not in text
 
 
 def test_no_file_names_a_path_of_a_machine() -> None:
