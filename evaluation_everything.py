@@ -4,7 +4,8 @@
     python evaluation_everything.py model_path=RUN retain_path=RETAIN
 
 PS of the unlearned and of the original model, on the forget and the held-out retain rows; the largest weight at which a
-mixture of the two keeps `ps_p` of the original's retain PS, and its forget PS.
+mixture of the two keeps `ps_p` of the original's retain PS, and its forget PS. `lm_eval=[mmlu,wmdp_bio]`: also tasks of the
+package lm-eval.
 """
 
 from __future__ import annotations

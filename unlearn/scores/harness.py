@@ -47,9 +47,16 @@ def index(names: Sequence[str], folder: str | None) -> Any:
     with _told():
         if folder is not None:
             own = TaskManager(include_path=folder, include_defaults=False)
-            if set(names) <= set(own.all_subtasks):  # the library's thousands take seconds
+            if all(_within(own, name) for name in names):  # the library's thousands take seconds
                 return own
         return TaskManager(include_path=folder)
+
+
+def _within(manager: Any, name: Any) -> bool:
+    """Whether the index has the task, or the group with all its tasks."""
+    if name in manager.all_subtasks:
+        return True
+    return name in manager.all_groups and all(_within(manager, inner) for inner in manager.task_index[name].cfg["task"])
 
 
 def load(name: str, manager: Any, fewshot: int | None = None) -> Asked:
