@@ -207,13 +207,13 @@ class Progress:
         self.target, self.resume = target, target.folder / "resume" / name
         self.record_file = target.folder / f"{name}.yaml"
         check_run(target.folder, settings, {"data": data}, self.record_file.name)
-        self.record = record_of(settings, {"data": data} | _models(settings, weights))
+        self.record = record_of(settings, {"data": data} | made_of(settings, weights))
         before = read_record(self.record_file) if self.record_file.exists() else {}
         self.fresh = not _same_models(before, self.record)
         self.finished = not self.fresh and before.get("finished") is True
         self.same = not self.fresh and _same_results(before["settings"], self.record["settings"])
         self.found = {} if self.fresh else {file.stem: read_json(file) for file in self.resume.glob("*.json")}
-        _together()  # all have read before one writes
+        together()  # all have read before one writes
         if is_main_process():
             if self.fresh:
                 shutil.rmtree(self.resume, ignore_errors=True)
@@ -241,7 +241,7 @@ class Progress:
         write_whole(self.record_file, yaml.safe_dump(self.record | more, sort_keys=False))
 
 
-def _models(settings: Evaluation, paths: Sequence[str]) -> dict[str, Any]:
+def made_of(settings: Evaluation, paths: Sequence[str]) -> dict[str, Any]:
     """What tells each model from others; and the family's tokenizer, where one has none of its own."""
     borrowed = Path(str(settings.hf_key)).is_dir() and any(map(lacks_tokenizer, paths))
     return {
@@ -261,10 +261,11 @@ def _same_models(before: dict[str, Any], now: dict[str, Any]) -> bool:
 def _same_results(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether results depend on nothing that differs; what an earlier version did not note is taken to be the same."""
     of_no_result = marked(Evaluation, "may_differ") - {"retain_path"} | {"processes"}
-    return all(before.get(key, value) == value for key, value in now.items() if key not in of_no_result)
+    named = {key for key in now if key not in of_no_result and not key.startswith("lm_eval")}  # those say what they are of
+    return all(before.get(key, now[key]) == now[key] for key in named)
 
 
-def _together() -> None:
+def together() -> None:
     if processes() > 1:
         from accelerate import PartialState
 

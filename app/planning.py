@@ -59,6 +59,7 @@ def tell(asked: Common) -> None:
         everything = settings if isinstance(settings, EvalEverything) else None
         models, gradients = (3 if everything and everything.control else 1), bool(everything and everything.gradnorm)
         needs = [plan.scoring(shape, work, models, gradients)]
+        needs += [plan.asking(shape, work)] if everything and everything.lm_eval else []
     if isinstance(settings, Robustness) and "relearn" in settings.attacks:
         needs.append(plan.training(shape, work_of(training(settings, family), family)))
     kind = "GPU" if work.gpu else "CPU"

@@ -34,6 +34,7 @@ Half = Literal["float32", "bfloat16"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Wide = Literal["auto", "float32", "bfloat16", "float64"]
 Length = Annotated[int, Field(ge=2)]
+Names = Annotated[list[str], Field(min_length=1)]
 Optim = Literal[
     "adamw_torch_fused",
     "adamw_torch",
@@ -361,6 +362,10 @@ class EvalEverything(Evaluation):
     ps_p: Share = setting(0.9, "the bar: this times the original model's retain PS", may_differ=True)
     similar: bool = setting(False, "true: also PS similar, by real generation", may_differ=True)
     representation: bool = setting(False, "true: also CKA and cosine of every layer's outputs", may_differ=True)
+    lm_eval: Names | None = setting(None, "also tasks and groups of the package lm-eval: [mmlu,wmdp_bio]", may_differ=True)
+    lm_eval_tasks: str | None = setting(None, "a folder with tasks of one's own, lm-eval's YAML files", may_differ=True)
+    lm_eval_fewshot: Whole | None = setting(None, "examples before a question; null: as the task has it", may_differ=True)
+    lm_eval_limit: Count | None = setting(None, "questions of a task at most, the first ones; null: all", may_differ=True)
     control: bool = setting(True, "search the mixing weight at which the retain PS reaches the bar", may_differ=True)
     gradnorm: bool = setting(
         False, "true: also the membership score gradnorm, a backward pass a forget and a holdout row", may_differ=True

@@ -110,6 +110,7 @@ def test_what_may_differ() -> None:
     scored = {"retain_result", "original_path", "truth_ratio", "epsilon", "method_name", "submitted_by"}
     assert marked(EvalTofu, "may_differ") == of_results | scored
     own = {"ps_p", "similar", "representation", "control", "gradnorm"}
+    own |= {f"lm_eval{name}" for name in ("", "_tasks", "_fewshot", "_limit")}
     assert marked(EvalEverything, "may_differ") == of_results | own
     measured = {"model_path_cur", "step", "tokens", "positions", "sweep", "sweep_norms", "batch_size", "parallel"}
     others = {"gradient_checkpointing", "tokens_per_batch", "save_dir", "output_dir", "debug"}

@@ -368,6 +368,13 @@ def scoring(shape: Shape, work: Work, models: int, gradients: bool = False) -> N
     return Need("scores", memory, {}, 1 if work.gpu else FRAGMENTS)
 
 
+def asking(shape: Shape, work: Work, tokens: int = 1000) -> Need:
+    """lm-eval's tasks: weights, and of each token of the prompts that are run at once its logits and log-probabilities."""
+    memory = held(shape, work) | cast(shape, work) | {"logits": logits(shape, tokens, 2)}
+    memory["a layer's activations"] = activations(shape, work, tokens, tokens) / shape.layers
+    return Need(f"lm-eval, {tokens} tokens of prompts at once", memory, {}, 1 if work.gpu else FRAGMENTS)
+
+
 def table(needs: list[Need]) -> str:
     """The needs as lines, in GiB."""
     lines = []

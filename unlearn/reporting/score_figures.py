@@ -7,6 +7,7 @@ draws them again, into FOLDER/figures, each as a PDF (vectors) and a PNG, where 
     scores     scores.csv: a run's scores over the unlearning steps; a score or a panel without numbers is left out
     control    control.csv: PS against the weight of the unlearned model in its mixture with the original one; the bar and
                the chosen weight are `control.bar` and `control.weight` of the scores.json beside it, where they are there
+    lm_eval    scores.csv: accuracies and perplexities of lm-eval's tasks over the unlearning steps
 
 Orange is of the forget rows, blue of the held-out retain rows. A line goes through the steps at which its score was
 measured. Values that are not finite are left out and counted.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from math import ceil
@@ -64,6 +66,10 @@ PANELS = (
     Panel("accuracy", {"accuracy": "accuracy", "accuracy_norm": "by length"}),
     Panel("loss (nats/token)", {"loss": "loss"}, "fit"),
 )
+HARNESS = (  # lm-eval's scores: label, axis, how their columns end
+    ("accuracy", "share", "_(acc|acc_norm|acc_bytes|acc_mutual_info|(exact_match|em|f1|mcc)(_[^_,]+)?)"),
+    ("perplexity, bits", "fit", "_(word_perplexity|byte_perplexity|perplexity|bits_per_byte)"),
+)
 CONTROL = {"forget_ps": ("forget PS", "unlearn"), "retain_ps": ("retain PS", "retain")}
 
 
@@ -77,13 +83,14 @@ class Curve(NamedTuple):
 
 
 def draw_scores(run: Path) -> list[Path]:
-    """Draw `<run>/scores.csv` into `<run>/figures/`; returns the files, none where the table has no score.
+    """Draw `<run>/scores.csv` into `<run>/figures/`, lm-eval's apart; returns the files, none where it has no score.
 
     Raises:
         ValueError: the table is not readable, lacks the steps, or has one twice.
     """
-    table = read(run / "scores.csv", "step", [end for panel in PANELS for end in panel.scores])
-    return written(run, "scores", scores_figure, table)
+    ours = [end for panel in PANELS for end in panel.scores]
+    table = read(run / "scores.csv", "step", [*ours, *(end for _, _, end in HARNESS)])
+    return written(run, "scores", scores_figure, table) + written(run, "lm_eval", harness_figure, table)
 
 
 def draw_control(folder: Path, bar: float | None, weight: float | None) -> list[Path]:
@@ -109,7 +116,8 @@ def written(folder: Path, name: str, make: Callable[..., Figure | None], *what: 
 def read(file: Path, key: str, ends: Iterable[str]) -> dict[str, Series]:
     """The columns whose names end so, each by `key` in order, without its empty fields; NaN where a value is not finite.
 
-    Columns without any finite value are left out. Raises ValueError as `draw_scores` and `draw_control` do.
+    `ends` are regular expressions. Columns without any finite value are left out. Raises ValueError as `draw_scores` and
+    `draw_control` do.
     """
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False).fillna("")
@@ -121,7 +129,7 @@ def read(file: Path, key: str, ends: Iterable[str]) -> dict[str, Series]:
         if keys.duplicated().any():
             raise ValueError(f"{key}={keys[keys.duplicated()].iloc[0]:.12g} is in it twice")
         table = table.set_index(keys).sort_index()
-        wanted = [name for name in table if name.endswith(tuple(ends))]
+        wanted = [name for name in table if re.search(f"({'|'.join(ends)})$", name)]
         columns = {name: pd.to_numeric(table.loc[table[name] != "", name]).astype(float) for name in wanted}
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{file}: not a table to draw from ({' '.join(str(error).split())})") from error
@@ -187,6 +195,27 @@ def draw_panel(axes: Axes, panel: Panel, found: list[Curve]) -> None:
     else:
         axes.set_ylim(min(0, values.min()) - 0.03, max(1, values.max()) + 0.03)
     axes.set_xlabel("step" + (f" ({', '.join(said)})" if said else ""))
+
+
+def harness_figure(table: dict[str, Series]) -> Figure | None:
+    """The scores of lm-eval's tasks, but for the retain model's: each with a look of its own, the same in both panels."""
+    ends = [(label, axis, re.compile(f"{end}$")) for label, axis, end in HARNESS]
+    names = [[name for name in table if end.search(name) and not name.startswith("retain_model_")] for *_, end in ends]
+    panels = [(Panel(label, {}, axis), found) for (label, axis, _), found in zip(ends, names, strict=True) if found]
+    if not panels:
+        return None
+    looks = [(colour, *shape) for shape in SHAPES for colour in OTHERS]
+    shown = [name for _, found in panels for name in found]
+    styles = {
+        name: dict(zip(("color", "linestyle", "marker"), looks[i % len(looks)], strict=True)) for i, name in enumerate(shown)
+    }
+    figure = style.new_figure(2.2 + 0.17 * ceil(len(shown) / 2), style.WIDE if len(panels) > 1 else style.NARROW)
+    grid = figure.subplots(1, len(panels), squeeze=False)
+    for axes, (panel, found) in zip(grid.flat, panels, strict=True):
+        draw_panel(axes, panel, [Curve(table[name], "", name, styles[name] | {"markerfacecolor": "none"}) for name in found])
+    handles = [Line2D([], [], **styles[name], markerfacecolor="none", label=name) for name in shown]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=7, columnspacing=1)
+    return figure
 
 
 def control_figure(table: dict[str, Series], bar: float | None, weight: float | None) -> Figure | None:
