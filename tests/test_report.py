@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, run_in
 from made_runs import HOSTILE, make_attacks, make_data, make_run
-from test_figures import ROWS, make_tables
+from test_figures import BLOCKS, ROWS, STEPS, make_tables, write
 
 import report
 from app.reporting import find_runs, unique
@@ -95,11 +95,11 @@ def test_texts_that_would_end_a_script_stay_texts(made: Path, folders: list[Path
 
 
 def test_a_run_s_name_is_escaped(folders: list[Path], tmp_path: Path) -> None:
-    shutil.copytree(folders[0] / "geffect", tmp_path / "a<b>&c/geffect")
-    file = report.run([str(tmp_path / "a<b>&c")])
-    assert file == tmp_path / "a<b>&c/report.html"
-    assert "<b>" not in file.read_text().partition('<script type="application/json"')[0]
-    assert data_of(file)["runs"] == ["a<b>&c"]
+    shutil.copytree(folders[0] / "geffect", tmp_path / "a<u>&c/geffect")
+    file = report.run([str(tmp_path / "a<u>&c")])
+    assert file == tmp_path / "a<u>&c/report.html"
+    assert "<u>" not in file.read_text().partition('<script type="application/json"')[0]
+    assert data_of(file)["runs"] == ["a<u>&c"]
 
 
 def test_the_tables_are_the_runs(made: Path, folders: list[Path]) -> None:
@@ -128,12 +128,31 @@ def test_tokens_have_both_risks_beside_each_other(folders: list[Path]) -> None:
         np.testing.assert_array_equal(table.set_index(keys)[risk].sort_index(), mine)
 
 
+def test_runs_beside_each_other_show_the_same_rows(monkeypatch: pytest.MonkeyPatch, folders: list[Path]) -> None:
+    """The largest of both together, by an obvious count."""
+    monkeypatch.setattr(report_tables, "POINTS", 100)
+    table, _ = report_tables.tokens(find_runs([str(folder) for folder in folders]))
+    assert table is not None
+    rows = {name: set(of["row"]) for name, of in table.groupby("run")}
+    assert rows["npo_kl"] == rows["ga_kl"]
+    assert 0 < len(rows["npo_kl"]) < ROWS
+    whole = make_tables()["tokens.parquet"]
+    size = (
+        whole[(whole["risk"] == "retain") & whole["step"].isin([0, 15])]
+        .groupby("row")["geffect"]
+        .apply(lambda e: e.abs().max())
+    )
+    assert rows["npo_kl"] == set(size.nlargest(len(rows["npo_kl"])).index)
+
+
 def test_big_tables_are_cut_and_the_page_says_so(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_tables, "POINTS", 40)
+    monkeypatch.setattr(report_tables, "POINTS", 15)
     runs = find_runs([str(folders[0])])
     instances, said = report_tables.instances(runs)
     assert instances is not None
-    assert said == "npo_kl: 4 of 4 steps, evenly apart, to keep the page small." or len(instances) <= 40
+    assert said == "npo_kl: 2 of 4 steps, evenly apart, to keep the page small."
+    assert list(instances["step"].unique()) == [0, 15]
+    assert len(instances) == 2 * ROWS
     tokens, said = report_tables.tokens(runs)
     assert tokens is not None
     assert list(tokens["step"].unique()) == [0, 15]  # the first and the last
@@ -244,6 +263,16 @@ def test_refusals(words: list[str], said: str, folders: list[Path], tmp_path: Pa
     assert done.stderr.startswith(f"report.py: {said.replace('RUN/', f'{run}/')}")
 
 
+def test_one_risk_alone_is_no_error(tmp_path: Path) -> None:
+    """Points need both; the others show the one that is there."""
+    write(tmp_path / "run/geffect", make_tables(risks=("unlearn",)))
+    text = report.run([str(tmp_path / "run")]).read_text()
+    assert text.count("Its tables hold nothing to draw.") == 2  # instances and objectives
+    assert {panel["where"].get("risk", "unlearn") for panel in data_of(tmp_path / "run/report.html")["panels"].values()} == {
+        "unlearn"
+    }
+
+
 def test_a_broken_table_is_named(folders: list[Path], tmp_path: Path) -> None:
     shutil.copytree(folders[0], tmp_path / "run")
     (tmp_path / "run/geffect/steps.csv").write_text("step,risk\n1,unlearn\n")
@@ -302,6 +331,40 @@ def opened(browser: Any, made: Path, request: pytest.FixtureRequest) -> Iterator
     assert said == []
     assert [url for url in asked if not url.startswith("blob:")] == [made.as_uri()]
     context.close()
+
+
+def test_what_is_not_finite_is_grey_or_left_out_and_counted(browser: Any, folders: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(folders[0] / "geffect", tmp_path / "run/geffect")
+    for name, value in (("layers.csv", "inf"), ("instances.csv", ""), ("steps.csv", "-inf"), ("prediction.csv", "")):
+        file = tmp_path / "run/geffect" / name
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        column = "update_effect" if name == "prediction.csv" else "geffect"
+        table.loc[table["step"] == table["step"].iloc[0], column] = value
+        table.to_csv(file, index=False)
+    tokens = pd.read_parquet(tmp_path / "run/geffect/tokens.parquet")
+    tokens.loc[tokens["row"] == 0, "geffect"] = float("nan")
+    tokens.to_parquet(tmp_path / "run/geffect/tokens.parquet")
+    file = report.run([str(tmp_path / "run")])
+    layers = 2 * (BLOCKS + 3)
+    assert (
+        f"{layers} of {layers * len(STEPS)} values are not finite, and are not drawn. Their cells are grey." in file.read_text()
+    )
+    assert f"{ROWS} of {ROWS * len(STEPS)} values are not finite" in file.read_text()
+    said: list[str] = []
+    page = browser.new_page()
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(file.as_uri())
+    drawn(page)
+    fills = page.evaluate(
+        "[...document.querySelectorAll('#layers-0 .mark-rect path')].map((path) => path.getAttribute('fill'))"
+    )
+    assert len(fills) == layers // 2 * len(STEPS)
+    assert fills.count("#b5b5b0") == layers // 2
+    page.select_option("select.step", "0")
+    page.wait_for_function("!document.querySelector('#instances-0 .mark-symbol path')")
+    assert "not finite" in str(page.get_attribute("#tokens-shown .text span", "title"))
+    assert said == []
+    page.close()
 
 
 def drawn(page: Any) -> None:

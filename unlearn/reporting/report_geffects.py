@@ -23,7 +23,7 @@ from unlearn.reporting.report_panels import (
 )
 from unlearn.reporting.report_tables import Run
 from unlearn.reporting.style import UNIT, largest, linear_range
-from unlearn.reporting.tables import RISKS, layer_order
+from unlearn.reporting.tables import RISKS, layer_order, risks_of
 
 OF_RISK = {"unlearn": "forget rows", "retain": "held-out retain rows"}
 SYMBOLS = {"unlearn": "e_u", "retain": "e_r"}
@@ -102,9 +102,10 @@ def prediction(runs: Sequence[Run], names: list[str]) -> list[Figure]:
         "What each step of the optimiser should do to the risk to first order, ⟨θ′ − θ, grad R⟩, against what it did."
         " Points with the same sign on both axes are steps whose direction was foretold; on the diagonal also the size."
     )
-    same = np.sign(table["update_effect"]) == np.sign(table["risk_change"])
+    both = table[["update_effect", "risk_change"]].dropna()
+    same = np.sign(both["update_effect"]) == np.sign(both["risk_change"])
     notes = [
-        f"The sign agrees in {int(same.sum())} of {len(table)} cases.",
+        f"The sign agrees in {int(same.sum())} of {len(same)} cases.",
         *not_finite(table, ["update_effect", "risk_change"]),
     ]
     return [Figure("prediction", "Foretold and measured", reading, table, panels, notes=notes)]
@@ -139,7 +140,7 @@ def layers(runs: Sequence[Run]) -> list[Figure]:
     table = tables.layers(runs)
     if table is None:
         return []
-    high, linear, order = largest(table["geffect"]) or 1.0, linear_range(table["geffect"]), layer_order(table["layer"])
+    high, linear = largest(table["geffect"]) or 1.0, linear_range(table["geffect"])
     panels = []
     for name in table["run"].unique():
         for risk in RISKS:
@@ -154,8 +155,7 @@ def layers(runs: Sequence[Run]) -> list[Figure]:
         " gradient raises the risk through that layer. One scale for all maps. The embedding is at the bottom."
     )
     bar = colour_bar(f"G-effect {UNIT}", high, linear)
-    notes = not_finite(table, ["geffect"])
-    assert order
+    notes = [f"{note} Their cells are grey." for note in not_finite(table, ["geffect"])]
     return [Figure("layers", "The G-effect by layer and step", reading, table, panels, bar, notes=notes)]
 
 
@@ -203,8 +203,11 @@ def objectives(runs: Sequence[Run], names: list[str]) -> list[Figure]:
     found, panels = [], []
     for name in table["run"].unique():
         of = table[table["run"] == name]
-        at = plane(of[of["step"] == of["step"].max()], "geffect").assign(step=of["step"].max(), run=name)
-        found.append(at)
+        last = of[of["step"] == of["step"].max()]
+        if risks_of(last) == list(RISKS):
+            found.append(plane(last, "geffect").assign(step=last["step"].iloc[0], run=name))
+    if not found:
+        return []
     wide = pd.concat(found, ignore_index=True)[["run", "step", "method", "hyper_param", "name", "unlearn", "retain"]]
     told = tip(("name", "objective "), ("step", "step "), ("unlearn", "e_u"), ("retain", "e_r"))
     for name in wide["run"].unique():

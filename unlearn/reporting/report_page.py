@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -56,7 +57,11 @@ def write(runs: Sequence[Run], file: Path) -> int:
 def page(runs: Sequence[Run]) -> str:
     """The page's HTML."""
     from jinja2 import Environment, FileSystemLoader
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
+
+    def breakable(text: str) -> Markup:
+        """A name or path that may go on in the next line after a _ or a /."""
+        return Markup(re.sub("([_/])", r"\1<wbr>", str(escape(text))))
 
     found = sections(runs)
     library = bundle()
@@ -70,7 +75,7 @@ def page(runs: Sequence[Run]) -> str:
         others=settings(runs, others=True),
         run_colours=len(RUNS),
         numbers=numbers,
-        shown=cell,
+        breakable=breakable,
         data=Markup(as_json(data(runs, found))),
         library=Markup(library),
     )
@@ -193,7 +198,8 @@ def settings(runs: Sequence[Run], others: bool = False) -> list[Line]:
     if not others:
         lines.insert(0, Line("folder", [str(run.folder) for run in runs]))
         lines = [line for line in lines if any(one != "–" for one in line.cells)]
-    return sorted(lines, key=lambda line: line.name != "folder" and len(set(line.cells)) == 1)
+    known = [i for i, run in enumerate(runs) if run.record]
+    return sorted(lines, key=lambda line: line.name != "folder" and len({line.cells[i] for i in known}) < 2)
 
 
 def numbers(table: DataFrame) -> list[list[str]]:

@@ -70,7 +70,7 @@ class Figure:
 def not_finite(table: DataFrame, values: Sequence[str]) -> list[str]:
     """How many lines have a value that is not finite, in words; nothing where none has."""
     count = int((~np.isfinite(table[list(values)].to_numpy(dtype=float))).any(axis=1).sum())
-    return [f"{count} of {len(table)} values are not finite, and are left out."] if count else []
+    return [f"{count} of {len(table)} values are not finite, and are not drawn."] if count else []
 
 
 def colours(names: Sequence[str]) -> dict[str, Any]:

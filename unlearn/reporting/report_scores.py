@@ -110,14 +110,14 @@ def attacks(runs: Sequence[Run], names: list[str]) -> list[Figure]:
 
 
 def _weights(table: DataFrame, names: list[str]) -> list[Figure]:
-    """Trained again, and quantised: full lines the unlearned model, hollow grey ones the retain model."""
+    """Trained again, and quantised: full lines are of the unlearned model, dashed ones of the retain model."""
     found = []
     for attack, title, x in (("relearn", "Trained again", "steps"), ("quantize", "Quantised", "bits")):
         of = table[table["attack"] == attack].copy()
         if not len(of):
             continue
         if attack == "relearn":
-            of["steps"] = of["setting"].str.extract(r"(\d+)")[0].astype(float)
+            of["steps"] = of["setting"].str.extract(r"(\d+)")[0].astype(int)
         else:
             of["bits"] = of["setting"].str.removesuffix(" bits").replace("as it is", "all")
         panels = []
@@ -136,10 +136,12 @@ def _pressed(x: str, column: str, names: list[str], order: list[Any]) -> dict[st
     along: dict[str, Any] = {
         "field": x,
         "type": "ordinal" if x == "bits" else "quantitative",
-        "axis": {"title": titles[x], "labelAngle": 0, "grid": False, "tickCount": 5, "tickMinStep": 1},
+        "axis": {"title": titles[x], "labelAngle": 0, "grid": False, "values": order, "labelOverlap": True},
     }
     if x == "bits":
         along["sort"] = order
+    else:
+        along["axis"]["format"] = "d"
     spec = lines((x, titles[x]), share(column), names, [(column, column)])
     drawn = spec["layer"][-1]
     dash = {

@@ -113,28 +113,42 @@ def instances(runs: Sequence[Run]) -> tuple[DataFrame | None, str]:
 def tokens(runs: Sequence[Run]) -> tuple[DataFrame | None, str]:
     """Columns run, step, row, position, token, loss, unlearn, retain: each token's share of both G-effects.
 
-    Of many, the rows with the largest |e_r|, and few steps, the first and the last among them; and that, in words.
+    Of many, the rows with the largest |e_r| of a token, the same of all runs, and few steps, the first and the last among
+    them; and that, in words.
     """
-    there = {run.name: read(file) for run in runs if (file := run.geffect("tokens.parquet")) is not None}
-    most, said, found = POINTS // max(1, len(there)), "", []
-    for name, table in there.items():
-        keys = ["step", "row", "position"]
-        shares = table.pivot(index=keys, columns="risk", values="geffect").reindex(columns=list(RISKS))
-        wide = table.drop_duplicates(keys)[[*keys, "token", "loss"]].merge(shares, on=keys)
-        steps, rows = sorted(wide["step"].unique()), wide["row"].nunique()
-        a_step = max(1, len(wide) // len(steps))
-        kept = evenly(steps, max(2, most // a_step))
-        wide = wide[wide["step"].isin(kept)]
-        largest = list(wide.groupby("row")["retain"].apply(lambda e: e.abs().max()).sort_values(ascending=False).index)
-        largest = largest[: max(1, rows * most // max(most, len(wide)))]
-        wide = wide[wide["row"].isin(largest)]
-        if len(kept) < len(steps) or len(largest) < rows:
+    wide = {run.name: shares(read(file)) for run in runs if (file := run.geffect("tokens.parquet")) is not None}
+    most, said = POINTS // max(1, len(wide)), ""
+    steps = {name: sorted(table["step"].unique()) for name, table in wide.items()}
+    kept = {name: evenly(steps[name], max(2, most * len(steps[name]) // max(1, len(table)))) for name, table in wide.items()}
+    cut = {name: table[table["step"].isin(kept[name])] for name, table in wide.items()}
+    largest = ranked(list(cut.values()))
+    fits = min((most * table["row"].nunique() // max(1, len(table)) for table in cut.values()), default=0)
+    rows = set(largest[: max(1, fits)])
+    for name, table in cut.items():
+        there, chosen = set(table["row"]), set(table["row"]) & rows
+        if len(kept[name]) < len(steps[name]) or len(chosen) < len(there):
             said += (
-                f"{name}: {len(largest)} of {rows} rows, those with the largest share of a token, and {len(kept)} of"
-                f" {len(steps)} steps, to keep the page small. "
+                f"{name}: {len(chosen)} of {len(there)} rows, those with the largest share of a token, and {len(kept[name])}"
+                f" of {len(steps[name])} steps, to keep the page small. "
             )
-        found.append((name, wide))
-    return together(found), said.strip()
+    return together((name, table[table["row"].isin(rows)]) for name, table in cut.items()), said.strip()
+
+
+def shares(table: DataFrame) -> DataFrame:
+    """A line a step, row and position of tokens.parquet, with both risks' shares beside each other."""
+    keys = ["step", "row", "position"]
+    of_risks = table.pivot(index=keys, columns="risk", values="geffect").reindex(columns=list(RISKS))
+    return table.drop_duplicates(keys)[[*keys, "token", "loss"]].merge(of_risks, on=keys)
+
+
+def ranked(found: Sequence[DataFrame]) -> list[int]:
+    """The rows by the largest |e_r| of their tokens, each run's relative to its own largest, over all runs."""
+    sizes = [table.assign(size=table["retain"].fillna(table["unlearn"]).abs()).groupby("row")["size"].max() for table in found]
+    together = [size / (size.max() or 1.0) for size in sizes]
+    if not together:
+        return []
+    total = pd.concat(together, axis=1).sum(axis=1)
+    return [int(row) for row in total.sort_values(ascending=False, kind="stable").index]
 
 
 def logs(runs: Sequence[Run]) -> DataFrame | None:
