@@ -17,13 +17,16 @@ from unlearn.reporting.tables import TABLES
 HELD = ("config.yaml", "scores.csv", "robustness.csv", "logs/train.jsonl", "geffect/config.yaml")  # that make a folder a run's
 
 
+TOLD = ("model_family", "split", "hyper_param", "lr", "num_epochs", "seed")  # settings that tell runs of a method apart
+
+
 def find_runs(folders: Sequence[str]) -> list[Run]:
     """The runs in these folders. Raises ValueError where one is none, is given twice, or has a file that is not readable."""
     paths = [check(Path(folder)) for folder in folders]
     if twice := [path for i, path in enumerate(paths) if path.resolve() in {one.resolve() for one in paths[:i]}]:
         raise ValueError(f"{twice[0]}: is given twice")
     records = [record_in(path) for path in paths]
-    names = unique([names_of(path, record) for path, record in zip(paths, records, strict=True)])
+    names = unique(names_of(paths, records))
     return [read_run(name, path, record) for name, path, record in zip(names, paths, records, strict=True)]
 
 
@@ -43,17 +46,27 @@ def record_in(folder: Path) -> dict[str, Any]:
     return read_record(files[0]) if files else {}
 
 
-def names_of(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """What a run may be called, the shortest first."""
-    settings = record.get("settings") or {}
-    method, retain, hyper = settings.get("method") or {}, settings.get("retain") or {}, settings.get("hyper_param")
-    found = [folder.name or str(folder.resolve()), str(folder)]
-    if isinstance(method.get("name"), str):
-        name = method.get("run_name") or method["name"]
-        own = retain.get("name") in (None, "none") or f"_{retain['name']}" in name or name == retain["name"]
-        short = name if own else f"{name}_{retain['name']}"
-        found = [short, *([] if hyper is None else [f"{short} {hyper:g}"]), f"{short} {settings.get('split')}", *found]
+def names_of(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What each run may be called, the shortest first: its method, that and the settings that differ, its folder."""
+    settings = [record.get("settings") or {} for record in records]
+    differing = [key for key in TOLD if len({str(one.get(key)) for one in settings}) > 1]
+    found = []
+    for path, of in zip(paths, settings, strict=True):
+        folders = [path.name or str(path.resolve()), str(path)]
+        method = method_of(of)
+        told = ", ".join(f"{key}={of.get(key)}" for key in differing)
+        found.append(folders if method is None else [method, *([f"{method}, {told}"] if told else [method]), *folders])
     return found
+
+
+def method_of(settings: Mapping[str, Any]) -> str | None:
+    """Method and retain term, as a run's folder is called after them."""
+    method, retain = settings.get("method") or {}, settings.get("retain") or {}
+    if not isinstance(method.get("name"), str):
+        return None
+    name = str(method.get("run_name") or method["name"])
+    own = retain.get("name") in (None, "none") or f"_{retain['name']}" in name or name == retain["name"]
+    return name if own else f"{name}_{retain['name']}"
 
 
 def unique(names: Sequence[Sequence[str]]) -> list[str]:

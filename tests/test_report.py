@@ -215,6 +215,8 @@ def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path, left_out: 
 
 def test_runs_have_names_of_their_own(folders: list[Path], tmp_path: Path) -> None:
     assert [run.name for run in find_runs([str(folder) for folder in folders])] == ["npo_kl", "ga_kl"]
+    others = [make_run(tmp_path / f"seed{seed}", folders[0].parent / "data", seed=seed) for seed in (1, 2)]
+    assert [run.name for run in find_runs([str(folder) for folder in others])] == ["npo_kl, seed=1", "npo_kl, seed=2"]
     shutil.copytree(folders[0], tmp_path / "again")
     assert [run.name for run in find_runs([str(folders[0]), str(tmp_path / "again")])] == ["npo", "again"]
     assert unique([["a", "x"], ["a", "y"], ["b"]]) == ["x", "y", "b"]

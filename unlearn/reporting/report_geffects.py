@@ -174,7 +174,8 @@ def instances(runs: Sequence[Run], names: list[str]) -> list[Figure]:
         panels.append(Panel(str(name), f"e_r, on the retain risk {UNIT}", "instances", spec, {"run": name}, "instances"))
     reading = (
         "A point a forget row: what that row's part of the objective does to the two risks. Left of 0 and at the height of 0 it"
-        " removes what should go and leaves the rest. The scales are the same for all runs and steps. Hover tells the row."
+        " removes what should go and leaves the rest. The scales are the same for all runs and"
+        " steps. What a retain term adds is of no row, and not here. Hover tells the row."
     )
     notes = [said] if said else []
     notes += [f"{run.name}: texts not shown, {run.no_texts}." for run in runs if run.no_texts and run.name in set(table["run"])]
