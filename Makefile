@@ -13,7 +13,7 @@ setup: .venv/ready
 	touch $@
 
 # Fine-tune the tiny model on data/sample (and on retain90 alone, to compare with), unlearn forget10 in two ways, score both
-# runs at all their checkpoints, and measure their G-effects.
+# runs at all their checkpoints, measure their G-effects, and put all of it on one page.
 TINY = data/weight/ft_epoch40_lr0.001_tiny
 RUN = icml/tiny
 RUNS = $(RUN)/ga_*_forget10_5_0.0_None $(RUN)/npo_kl_*_forget10_5_0.0_None
@@ -25,9 +25,11 @@ demo: setup
 	$(BIN)/python tofu_evaluation.py split=forget10 model_path=$(TINY)_full_wd0.0 retain_path=$(TINY)_retain90_wd0.0
 	for run in $(RUNS); do for script in tofu_evaluation evaluation_everything; do \
 		$(BIN)/python $$script.py model_path=$$run retain_path=$(TINY)_retain90_wd0.0 || exit 1; done; done
-	$(BIN)/python basher2.py ga --model=tiny --setting=forget10
+	$(BIN)/python basher2.py ga --model=tiny --setting=forget10 tokens=true
 	$(BIN)/python basher2.py npo_kl --model=tiny --setting=forget10 tokens=true
+	$(BIN)/python report.py $(RUNS) --out $(RUN)/report.html
 	@echo "The scores are in $(RUN)/*/scores.csv, the figures in $(RUN)/*/figures, */geffect/figures and */checkpoint-*/eval_results/*/figures"
+	@echo "Look at $(RUN)/report.html: open it in a browser"
 
 # What a family needs of memory and disk: make plan FAMILY=llama2-7b GPUS=8 SETTINGS="parallel=fsdp plan_for=gpu".
 FAMILY ?= llama2-7b

@@ -51,6 +51,9 @@ def test_npo_kl_forgets_and_keeps(house: Path, retain: str) -> None:
     assert 0 < table.loc[12, "forget_quality"] < 1
     assert table.loc[12, "control_retain_ps"] >= table.loc[12, "bar"]
     assert {file.name for file in (run / "figures").iterdir()} == {"scores.pdf", "scores.png"}
+    run_in(house, f"python report.py {run}")
+    page = (run / "report.html").read_text()
+    assert [name for name in ("log", "scores", "control") if f'<figure id="figure-{name}">' not in page] == []
 
 
 def test_ga_forgets(house: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 from conftest import ROOT
 
 import basher1
+import report
 from app.compose import compose, parsed
 from app.door import quote, split_flags
 from app.fields import flatten
@@ -82,6 +83,9 @@ def commands() -> Iterator[list[str]]:
 def test_every_command_has_settings_that_are_there(words: list[str]) -> None:
     """Whether it also runs, with the tiny model: test_commands.py, test_demo.py and their like."""
     script, *rest = words
+    if script == "report.py":
+        assert report.parse_args(rest).runs
+        return
     if script.startswith("basher"):
         args = basher1.parse_args(rest)
         config, overrides = "forget", basher1.run_settings(args)

@@ -16,7 +16,7 @@ import unlearn
 
 MODULES = {"dataloader", "utils"}
 SCRIPTS = {"finetune", "forget", "compute_geffect", "evaluation_everything", "tofu_evaluation", "basher1", "basher2"}
-SCRIPTS |= {"robustness", "console"}
+SCRIPTS |= {"robustness", "report", "console"}
 PACKAGE = sorted((ROOT / "unlearn").rglob("*.py"))
 ROOMS = {  # of the package: which others each may import
     "io": set(),

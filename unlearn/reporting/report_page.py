@@ -1,0 +1,215 @@
+"""A report as one page of HTML that asks for nothing: template, library, numbers and texts are all in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pandas import DataFrame, Series
+
+from unlearn.io.files import write_whole
+from unlearn.reporting import report_tables as tables
+from unlearn.reporting.report_panels import RUNS
+from unlearn.reporting.report_sections import Section, sections
+from unlearn.reporting.report_tables import Run
+
+PAGE = Path(__file__).parent / "page"
+MOST = 5_000_000  # bytes of a page
+LETTERS = 400  # of a row's question, and of its answer
+SHOWN = (  # settings that tell what was run, before all others
+    *("model_family", "method.name", "retain.name", "hyper_param", "rule.name", "benchmark", "split", "data_path"),
+    *("forget_data", "retain_data", "retain_holdout", "lr", "num_epochs", "batch_size", "gradient_accumulation_steps"),
+    *("processes", "seed", "weights", "trainable", "LoRA.r", "model_path", "versions.torch", "versions.transformers", "hash"),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table of text: what it is, and a cell a run."""
+
+    name: str
+    cells: list[str]
+
+
+def write(runs: Sequence[Run], file: Path) -> int:
+    """Write the report of some runs; returns its size in bytes.
+
+    Raises:
+        ValueError: a table is not readable, or the page would be too large.
+        ModuleNotFoundError: Jinja2 or vl-convert-python is not installed.
+    """
+    text = page(runs)
+    if (size := len(text.encode())) > MOST:
+        raise ValueError(
+            f"the report of {len(runs)} runs has {size / 1e6:.1f} MB, and {MOST / 1e6:.0f} is the most; give fewer"
+        )
+    write_whole(file, text)
+    return size
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page's HTML."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup, escape
+
+    def breakable(text: str) -> Markup:
+        """A name or path that may go on in the next line after a _ or a /."""
+        return Markup(re.sub("([_/])", r"\1<wbr>", str(escape(text))))
+
+    found = sections(runs)
+    library = bundle()
+    assert "</script" not in library.lower(), "the library would end the element that it stands in"
+    environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html").render(
+        runs=runs,
+        sections=found,
+        summary=summary(runs),
+        settings=settings(runs),
+        others=settings(runs, others=True),
+        run_colours=len(RUNS),
+        numbers=numbers,
+        breakable=breakable,
+        data=Markup(as_json(data(runs, found))),
+        library=Markup(library),
+    )
+
+
+@cache
+def bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script."""
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+
+
+def data(runs: Sequence[Run], found: Sequence[Section]) -> dict[str, Any]:
+    """What the page's script draws from."""
+    figures = [figure for section in found for figure in section.figures]
+    texts: list[list[list[str]]] = []
+    text_of = {}
+    for run in runs:
+        if run.texts is not None:
+            cut = [[shortened(question), shortened(answer)] for question, answer in run.texts]
+            if cut not in texts:
+                texts.append(cut)
+            text_of[run.name] = texts.index(cut)
+    named = {panel.table: figure.table for figure in figures for panel in figure.panels}
+    return {
+        "runs": [run.name for run in runs],
+        "tables": {name: columns(table) for name, table in named.items()}
+        | {figure.name: columns(figure.table) for figure in figures if figure.name not in named},
+        "texts": texts,
+        "textOf": text_of,
+        "panels": {f"{figure.name}-{i}": panel._asdict() for figure in figures for i, panel in enumerate(figure.panels)},
+    }
+
+
+def columns(table: DataFrame) -> dict[str, Any]:
+    """A table as {column: values}, numbers to six digits, null for none; texts as {"names": [...], "at": [...]}."""
+
+    def values(column: Series) -> Any:
+        if pd.api.types.is_integer_dtype(column):
+            return [int(value) for value in column]
+        if pd.api.types.is_numeric_dtype(column):
+            return [rounded(value) for value in column]
+        codes, names = pd.factorize(column.map(lambda value: None if pd.isna(value) else str(value)))
+        return {"names": list(names), "at": [int(code) for code in codes]}
+
+    return {str(name): values(table[name]) for name in table}
+
+
+def rounded(value: float) -> float | int | None:
+    if not isfinite(value):
+        return None
+    return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.6g}")
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"
+
+
+def as_json(value: Any) -> str:
+    """JSON that can stand in an element of HTML, whatever its texts hold."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    signs: dict[str, str | int | None] = {
+        "<": "\\u003c",
+        ">": "\\u003e",
+        "&": "\\u0026",
+        "\u2028": "\\u2028",
+        "\u2029": "\\u2029",
+    }
+    return text.translate(str.maketrans(signs))  # signs that JSON has in texts only
+
+
+# ---- tables of text ----
+
+
+def summary(runs: Sequence[Run]) -> list[Line]:
+    """What each run came to: a few numbers before and after."""
+    losses, scores = tables.losses(runs), tables.scores(runs)
+    _, chosen = tables.control(runs)
+    lines = [
+        Line(f"{name}, loss (nats/token)", [before_after(losses.get(run.name, {}).get(data)) for run in runs])
+        for data, name in (("forget", "forget rows"), ("retain", "held-out retain rows"))
+    ]
+    shown = {
+        "forget_rouge": "forget rows, ROUGE-L recall",
+        "retain_rouge": "held-out retain rows, ROUGE-L recall",
+        "forget_ps_exact": "forget rows, PS",
+        "retain_ps_exact": "held-out retain rows, PS",
+        "model_utility": "model utility",
+        "quality": "forget quality (p-value)",
+    }
+    for column, name in shown.items():
+        if scores is not None and column in scores:
+            lines.append(Line(name, [of_steps(scores[scores["run"] == run.name], column) for run in runs]))
+    if chosen is not None:
+        at = chosen.set_index("run")["forget_ps"]
+        lines.append(Line("forget PS where the retain PS keeps its bar", [cell(at.get(run.name)) for run in runs]))
+    return [line for line in lines if any(one != "–" for one in line.cells)]
+
+
+def before_after(of: Mapping[str, float] | None) -> str:
+    return "–" if not of else " → ".join(cell(of.get(when)) for when in ("start", "end"))
+
+
+def of_steps(table: DataFrame, column: str) -> str:
+    """A score at step 0, where it was measured there, and at the last step."""
+    there = table.dropna(subset=[column]).sort_values("step")
+    if not len(there):
+        return "–"
+    first, last = there.iloc[0], there.iloc[-1]
+    return " → ".join(cell(line[column]) for line in ((first, last) if first["step"] == 0 != last["step"] else (last,)))
+
+
+def settings(runs: Sequence[Run], others: bool = False) -> list[Line]:
+    """What was run and on what, or all `others` of the settings; those that differ among the runs stand first."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.record))
+    main = [key for key in SHOWN if key in keys]
+    chosen = [key for key in keys if key not in main] if others else main
+    lines = [Line(key.removeprefix("settings."), [cell(run.record.get(key)) for run in runs]) for key in chosen]
+    if not others:
+        lines.insert(0, Line("folder", [str(run.folder) for run in runs]))
+        lines = [line for line in lines if any(one != "–" for one in line.cells)]
+    known = [i for i, run in enumerate(runs) if run.record]
+    return sorted(lines, key=lambda line: line.name != "folder" and len({line.cells[i] for i in known}) < 2)
+
+
+def numbers(table: DataFrame) -> list[list[str]]:
+    return [[cell(value) for value in row] for row in table.itertuples(index=False)]
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it, `–` for none."""
+    if value is None or (isinstance(value, float) and not isfinite(value)) or value == "":
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if 1e-4 <= abs(value) < 1e5 or value == 0 else f"{value:.1e}"
+    return str(value)
