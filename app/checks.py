@@ -52,7 +52,7 @@ def count_steps(settings: Training, rows: int) -> tuple[int, int]:
     if steps == 0:
         raise ValueError(
             f"num_epochs={epochs} of {rows} rows are no whole step of {size} rows (batch_size={settings.batch_size}"
-            f" x gradient_accumulation_steps={settings.gradient_accumulation_steps} x {processes()} processes)"
+            f" x gradient_accumulation_steps={settings.gradient_accumulation_steps} x {processes()} processes); make it smaller"
         )
     return steps, max(1, rows // size)
 

@@ -213,6 +213,8 @@ def set_with_perturbed(data: Data, split: str, name: str, rows: Rows) -> Rows:
 def check_split(benchmark: Benchmark, use: str, split: str) -> None:
     """Raises ValueError where the benchmark has no such split to `unlearn`, or to `finetune` on."""
     there = getattr(benchmark, use)
+    if use == "finetune" and "full" not in there:
+        raise ValueError(f"benchmark={benchmark.name}: config/benchmark/{benchmark.name}.yaml lacks finetune.full: all rows")
     if split not in there:
         what = "to unlearn" if use == "unlearn" else "to fine-tune on"
         raise ValueError(f"split={split}: {what} is one of {', '.join(there)}")

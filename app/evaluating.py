@@ -118,6 +118,27 @@ class Models:
         self.how: Pass | None = None
         self.weights: dict[str, dict[str, Tensor]] = {}
         self.now: str | None = None
+        self._check_tokenizers()
+
+    def _check_tokenizers(self) -> None:
+        """Raises ValueError where a model that is compared with reads texts as other tokens than the one that is evaluated."""
+        from unlearn.models.checkpoints import same_tokens
+
+        *others, own = (target.path for target in targets(self.settings))
+        named = [("model_path", other) for other in others]
+        named += [(key, getattr(self.settings, key)) for key in ("original_path", "retain_path")]
+        for key, path in named:
+            if path is not None and not same_tokens((own, self._beside(own)), (path, self._beside(path))):
+                raise ValueError(
+                    f"{key}={path}: its tokenizer makes other tokens of texts than that of {own}, so that no score compares;"
+                    " finetune.py gives the models of a family made from scratch the same one where data_path, or both"
+                    " forget_data and retain_data, are the same (split=retain90: on the rows to keep alone)"
+                )
+
+    def _beside(self, path: str) -> str:
+        """Where the model's tokenizer is if it has none of its own."""
+        made_here = lacks_tokenizer(path) and self.family.from_scratch  # then it is with the family's fine-tuned model
+        return original_model(self.settings, self.family) if made_here else self.family.hf_key
 
     def at(self, path: str) -> Pass:
         """The model with the weights at `path`, ready to be run."""
@@ -162,7 +183,6 @@ class Models:
     def _load(self, path: str) -> Pass:
         import torch
 
-        from unlearn.io.weights import lacks_tokenizer
         from unlearn.models.checkpoints import load, pad_id
         from unlearn.models.sharding import shard
         from unlearn.passes.forcing import Pass
@@ -170,9 +190,7 @@ class Models:
         float64 = self.settings.dtype == "float64"
         bf16 = not float64 and use_bfloat16(self.settings.dtype, self.family.dtype)
         kind = torch.float64 if float64 else torch.float32
-        made_here = lacks_tokenizer(path) and self.family.from_scratch  # then it is with the family's fine-tuned model
-        beside = original_model(self.settings, self.family) if made_here else self.family.hf_key
-        self.tokenizer, model = load(path, beside, model_device(self.settings.parallel), dtype=kind)
+        self.tokenizer, model = load(path, self._beside(path), model_device(self.settings.parallel), dtype=kind)
         if self.settings.parallel == "fsdp":
             shard(model, bf16)
         at_once = self.settings.batch_size, self.settings.tokens_per_batch

@@ -141,9 +141,14 @@ def columns(settings: EvalEverything, found: dict[str, Any]) -> dict[str, Any]:
     control, privacy = (found[name] if isinstance(found[name], dict) else {} for name in ("control", "privacy"))
     aucs = privacy.get("auc", {})
     more = {f"control_{key}": control.get(key) for key in ("weight", "forget_ps", "retain_ps")}
-    more |= {f"auc_{name}": aucs.get(name) for name in attacks(settings)} | {"privleak": privacy.get("privleak")}
+    more |= {f"auc_{name}": aucs.get(name) for name in attacks(settings)} | {leak_of(settings): privacy.get("privleak")}
     numbers = {key: None if isinstance(value, str) else value for key, value in more.items()}  # not why there is none
     return {"split": settings.split} | knowledge_columns(found["ps"]["unlearned"]) | {"bar": found["bar"]} | numbers
+
+
+def leak_of(settings: EvalEverything) -> str:
+    """The column of this script's privleak: another one where the benchmark has a score of that name, of other texts."""
+    return "rows_privleak" if "privleak" in settings.benchmark.own else "privleak"
 
 
 def knowledge_columns(of: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -173,7 +178,7 @@ def definitions(settings: EvalEverything) -> dict[str, str]:
         "min_k": f"k = {settings.min_k}, end-of-sequence not counted; min_k_plus_plus likewise",
         "gradnorm": "gradnorm=true: mean over parameter tensors of the L2 norm of the gradient of the answer's mean loss,"
         " end-of-sequence not counted",
-        "privleak": "100 (AUC_retain - AUC) / (1 - AUC_retain) of min_k",
+        leak_of(settings): "100 (AUC_retain - AUC) / (1 - AUC_retain) of min_k",
     }
 
 

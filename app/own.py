@@ -24,6 +24,23 @@ def check_own(settings: EvalTofu) -> None:
     data = data_of(settings)
     for name in dict.fromkeys(name for own in settings.benchmark.own.values() for name in own.sets.values()):
         data.check(name)
+    for score, own in settings.benchmark.own.items():
+        _check_function(f"benchmark={settings.benchmark.name}: own.{score}.score", own.score, None, **own.sets)
+        if own.against:
+            _check_function(
+                f"benchmark={settings.benchmark.name}: own.{score}.against", own.against, found=None, of_retrained=None
+            )
+
+
+def _check_function(key: str, config: dict[str, Any], *args: Any, **named: Any) -> None:
+    """Raises ValueError where a function is not there, or does not take what it will be given."""
+    target = config.get("_target_")
+    try:
+        inspect.signature(instantiate(config)).bind(*args, **named)
+    except TypeError as error:
+        raise ValueError(f"{key}: {target}: {error}; its sets are {', '.join(named)}") from error
+    except Exception as error:  # whatever importing a module can raise
+        raise ValueError(f"{key}: {target}: no function that can be imported") from error
 
 
 def read_own(settings: EvalTofu) -> Sets:

@@ -309,7 +309,7 @@ def test_what_a_gradient_rule_would_do(place: Path, everything: Path, tmp_path: 
     """Asked of a run without one; the prediction is then of the rule's step."""
     measure(place, f"model_path_cur={RUN} save_dir={tmp_path} instances=false rule=pcgrad")
     ruled, plain = (table(folder, "steps") for folder in (tmp_path / "geffect", place / RUN / "geffect"))
-    assert ruled["geffect"].tolist() == pytest.approx(plain["geffect"].tolist(), rel=1e-4)
+    assert (ruled["geffect"] - plain["geffect"]).abs().max() < 1e-5 * plain["geffect"].abs().max()
     assert (ruled["rule_geffect"] - ruled["geffect"]).abs().max() > 0
     foretold = table(tmp_path / "geffect", "prediction").set_index(["step", "risk"])["minus_lr_geffect"]
     rates = {line["step"]: line["learning_rate"] for line in map(json.loads, (place / RUN / "logs/train.jsonl").open())}

@@ -413,6 +413,7 @@ def test_a_model_that_does_not_load(place: Path) -> None:
 def test_another_runs_settings(tmp_path: Path) -> None:
     defaults = ["model_family=tiny", "lr=1e-3"]
     open_run(tmp_path, given("forget", defaults))
+    (tmp_path / "logs").mkdir()  # begun
     check_run(tmp_path, given("forget", [*defaults, "debug=true", "save_steps=7"]))  # the same run
     with pytest.raises(ValueError, match=r"seed=42 there, 7 here; batch_size=4 there, 8 here") as refused:
         check_run(tmp_path, given("forget", [*defaults, "batch_size=8", "seed=7"]))
@@ -424,6 +425,7 @@ def test_another_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """What the family's entry says of the prompt is a setting of the run, too."""
     cfg = given("forget", ["model_family=tiny", "lr=1e-3"])
     open_run(tmp_path, cfg)
+    (tmp_path / "logs").mkdir()  # begun
     entries = load_families()
     entries["tiny"]["answer_tag"] = "A: "
     monkeypatch.setattr(families, "load_families", lambda: entries)

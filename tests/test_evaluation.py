@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, make_workplace, run_in
+from transformers import AutoTokenizer
 
 import evaluation_everything
 import finetune
@@ -601,6 +602,25 @@ def test_a_family_that_is_not_the_checkpoints(script: ModuleType, place: Place, 
         prepared(script, *words, "model_family=tiny", f"hf_key={tmp_path}/wider")
     with pytest.raises(ValueError, match=r"model_family is missing, and .*/bare is of no run; the families are llama"):
         prepared(script, *words)
+
+
+def test_models_with_other_tokens_are_not_compared(place: Place, tmp_path: Path) -> None:
+    """Whose tokenizers give two words each other's numbers; one with a token more is as good."""
+    other, more = (shutil.copytree(place.full, tmp_path / name) for name in ("other", "more"))
+    saved = json.loads((other / "tokenizer.json").read_text())
+    ids = saved["model"]["vocab"]
+    first, second = [token for token in ids if token.isalpha()][:2]
+    saved["model"]["vocab"] = ids | {first: ids[second], second: ids[first]}
+    (other / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = AutoTokenizer.from_pretrained(more)
+    tokenizer.add_special_tokens({"pad_token": "<another>"})
+    tokenizer.save_pretrained(more)
+    words = [f"model_path={place.full}", "split=forget10", f"data_path={place.data}", f"original_path={place.full}"]
+    cfg = prepared(evaluation_everything, *words, "model_family=tiny")
+    family = load_family("tiny")
+    evaluating.Models(cfg.model_copy(update={"retain_path": str(more)}), family)
+    with pytest.raises(ValueError, match=r"^retain_path=.*/other: its tokenizer makes other tokens of texts than that of "):
+        evaluating.Models(cfg.model_copy(update={"retain_path": str(other)}), family)
 
 
 def test_a_bare_checkpoint(place: Place, by_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,23 @@ def test_the_page_as_it_stands(project: Path) -> None:
     assert found["definitions"]["houses"] == "How often the greedy answer names the right house."
     assert found["own"]["houses"] == table["houses"].iloc[-1]
     assert (project / "run/geffect/figures/steps.png").exists()
+    yaml = project / "config/benchmark/people.yaml"
+    right = yaml.read_text()
+    for part, other, why in (
+        ("people.houses", "people.hauses", "own.houses.score: people.hauses: no function that can be imported"),
+        (
+            "{rows: go}",
+            "{row: go}",
+            "own.houses.score: people.houses: missing a required argument: 'rows'; its sets are row",
+        ),
+    ):
+        yaml.write_text(right.replace(part, other))
+        refused = run_in(project, "python tofu_evaluation.py model_path=run save_dir=again", check=False)
+        assert refused.returncode == 2
+        assert refused.stderr.splitlines()[-1].startswith(f"tofu_evaluation.py: benchmark=people: {why}"), refused.stderr
+    yaml.write_text(right.replace("full: [all], ", ""))
+    refused = run_in(project, "python finetune.py model_family=tiny benchmark=people split=kept", check=False)
+    assert (refused.returncode, "people.yaml lacks finetune.full: all rows" in refused.stderr) == (2, True)
 
 
 def test_an_objective_with_two_answers_is_a_yaml_and_a_function(project: Path, young: Path) -> None:

@@ -213,6 +213,17 @@ def test_privleak_by_the_slow_way(place: Path) -> None:
     assert muse.against_retrained(totals["target"], totals["retrained"])[""] == -100
 
 
+def test_what_cannot_be_asked_is_named(place: Path) -> None:
+    """A prompt that fills the model, and a text of one token: no number of theirs is counted as one."""
+    one = asked(place / "target")
+    most = one.how.model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"^VerbMem, row 2: its prompt has \d+ tokens, and the model positions for {most}$"):
+        muse.verbmem(one, [rows_of("verbmem/forget")[0], {"prompt": "word " * most, "gt": "word"}])
+    texts = [{"text": "two words"}]
+    with pytest.raises(ValueError, match=r"^PrivLeak: holdout, row 2: a text of one token"):
+        muse.privleak(one, texts, [*texts, {"text": "a"}])
+
+
 def test_both_conventions_by_hand() -> None:
     """The benchmark's, which is also evaluation_everything.py's; and that of an AUC that is 1 for members."""
     both = muse.against_retrained({"auc": 0.1, "auc_members": 0.9}, {"auc": 0.4, "auc_members": 0.6})

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available, logging
 
 from unlearn.io.files import remove_whole, written_whole
-from unlearn.io.weights import base_of, lacks_tokenizer
+from unlearn.io.weights import TOKENIZER, base_of, fingerprint, lacks_tokenizer
 from unlearn.models.adapters import has_adapters, merged, read_adapter
 from unlearn.models.sharding import first_names, like
 
@@ -40,6 +40,28 @@ def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
     place = fallback if lacks_tokenizer(path) else path
     with named(place, "tokenizer"):
         return AutoTokenizer.from_pretrained(place)
+
+
+def same_tokens(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether the tokenizers of two checkpoints, each with its fallback, make the same tokens of texts.
+
+    What one has beyond the other, such as a token to pad with, tells them apart in no text that both are for.
+    """
+    places = [fallback if lacks_tokenizer(path) else path for path, fallback in (one, other)]
+    if places[0] == places[1] or _same_files(*map(Path, places)):
+        return True
+    first, second = load_tokenizer(*one), load_tokenizer(*other)
+    ids, others = first.get_vocab(), second.get_vocab()
+    probe = "Where was J. Doe-Smith born?\nIn Zürich, on 9/12/1954 (a Sunday)."
+    return (
+        all(others[token] == number for token, number in ids.items() if token in others)
+        and first.eos_token_id == second.eos_token_id
+        and first(probe)["input_ids"] == second(probe)["input_ids"]
+    )
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    return one.is_dir() and other.is_dir() and fingerprint(one, TOKENIZER) == fingerprint(other, TOKENIZER)
 
 
 @contextmanager

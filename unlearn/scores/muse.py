@@ -66,6 +66,11 @@ def privleak(asked: Asked, forget: Rows, holdout: Rows, k: float = 0.4) -> Score
         {"data": name, "row": i} for name, of in (("forget", forget), ("holdout", holdout)) for i in range(len(of))
     ]
     rows = [_whole(asked, row["text"]) for row in (*forget, *holdout)]
+    for line, row in zip(lines, rows, strict=True):
+        if len(row["input_ids"]) < 2:
+            raise ValueError(
+                f"PrivLeak: {line['data']}, row {line['row'] + 1}: a text of one token, which nothing stands before"
+            )
     check_fit(asked.how.model, rows, [f"{line['data']}, row {line['row'] + 1}" for line in lines])
     for line, forced in zip(lines, teacher_force(asked.how, rows, what="PrivLeak"), strict=True):
         line["min_k"] = scores.min_k(-forced.nll.astype(np.float64), k)
@@ -86,10 +91,17 @@ def against_retrained(found: Mapping[str, float], of_retrained: Mapping[str, flo
 
 
 def continuations(asked: Asked, prompts: Sequence[str], max_new_tokens: int, what: str) -> list[str]:
-    """What greedy decoding puts behind each prompt, the tokenizer's special tokens before it."""
+    """What greedy decoding puts behind each prompt, the tokenizer's special tokens before it.
+
+    Raises:
+        ValueError: a prompt leaves no position for an answer.
+    """
     eos, most = asked.how.eos, positions_of(asked.how.model)
     prefixes = [torch.tensor(_without_end(_encoded(asked.tokenizer, prompt), eos)) for prompt in prompts]
-    limits = [max(1, min(max_new_tokens, (most or len(ids) + max_new_tokens) - len(ids))) for ids in prefixes]
+    for i, ids in enumerate(prefixes):
+        if most is not None and len(ids) >= most:
+            raise ValueError(f"{what}, row {i + 1}: its prompt has {len(ids)} tokens, and the model positions for {most}")
+    limits = [min(max_new_tokens, (most or len(ids) + max_new_tokens) - len(ids)) for ids in prefixes]
     return _decoded(asked.tokenizer, decode(asked.how, prefixes, limits, what))
 
 
