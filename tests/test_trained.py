@@ -231,6 +231,7 @@ def test_another_pattern_is_another_run(place: Path, young: Path, tmp_path: Path
         assert f"trainable={DOWN} there, {here} here" in error
     text = (place / "run/config.yaml").read_text()
     (tmp_path / "config.yaml").write_text("".join(x for x in text.splitlines(keepends=True) if "trainable" not in x))
+    (tmp_path / "logs").mkdir()  # begun
     error = refused(forget.run, "forget", place, f"{RUN} model_path={young} trainable=mlp save_dir={tmp_path}")
     assert "trainable=None there, mlp here" in error
 
