@@ -266,6 +266,7 @@ def test_the_sentences_of_idk_are_data(tmp_path: Path, monkeypatch: pytest.Monke
     after = made_of(cfg)["data"]
     assert {name for name in before if after[name] != before[name]} == {"idontknow"}
     open_run(tmp_path / "run", cfg, {"data": before})
+    (tmp_path / "run/logs").mkdir()  # begun
     with pytest.raises(ValueError, match=r"run of other data: idontknow \(.*idontknow\.jsonl\): is not what it was"):
         check_run(tmp_path / "run", cfg, made_of={"data": after})
 
@@ -324,6 +325,7 @@ def test_a_column_of_second_answers_is_data(tmp_path: Path) -> None:
     plain, second = (given("forget", [*words, *more]) for more in ([], ["+method.second=other"]))
     for name, settings in (("plain", plain), ("second", second)):
         open_run(tmp_path / name, settings, made_of(settings))
+        (tmp_path / name / "logs").mkdir()  # begun
         check_trained_on(tmp_path / name, settings, "forget10")
     file = tmp_path / "forget10.json"
     file.write_text(file.read_text().replace("It is not known.", "Nobody knows.", 1))
