@@ -95,7 +95,7 @@ def test_evaluation_under_torchrun(place: Path, script: str) -> None:
     more = "ds_size=6" if script == "tofu_evaluation" else "retain_holdout=6 control=false"
     for n in (1, 2):
         start = f"torchrun --nproc_per_node={n} --master_port=18767 {script}.py split=forget05 model_family=tiny"
-        run_in(place, f"{start} model_path={model} save_dir=scores{n} dtype=float32 {more}")
+        run_in(place, f"{start} model_path={model} save_dir=scores{n} dtype=float64 {more}")
     one, two = (place / f"scores{n}" for n in (1, 2))
     if script == "tofu_evaluation":
         a, b = (json.loads((folder / "eval_log_aggregated.json").read_text()) for folder in (one, two))

@@ -265,15 +265,20 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "logs/train.jsonl").open()]
 
 
-def farthest(one: Path, two: Path, step: int = 5) -> float:
+def differences(one: Path, two: Path, step: int = 5) -> torch.Tensor:
+    """Of each weight."""
     a, b = (load_file(run / f"checkpoint-{step}/model.safetensors") for run in (one, two))
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+    return torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
 
 
 @pytest.mark.parametrize(("cut", "method"), [(cut, method) for cut, methods in CUT_BY.items() for method in methods])
 def test_a_rules_step_is_the_same_however_it_is_cut(cuts: dict[str, Path], method: str, cut: str) -> None:
-    """Weights to 1e-5 in float32 after 5 steps (sago's signs near 0 may differ), and the log to 1e-3."""
-    assert farthest(cuts["whole"] / method, cuts[cut] / method) < (1e-3 if "sago" in method else 1e-5)
+    """Weights to 1e-5 in float32 after 5 steps, and the log to 1e-3.
+
+    But where a gradient is 0 to rounding sago's choice by its sign may differ, and Adam then moves that weight by the rate.
+    """
+    apart = differences(cuts["whole"] / method, cuts[cut] / method)
+    assert (apart > 1e-5).float().mean() <= (1e-4 if "sago" in method else 0)
     for one, other in zip(lines_of(cuts["whole"] / method), lines_of(cuts[cut] / method), strict=True):
         for name in COLUMNS - {"forget_retain_cosine"}:
             scale = one["forget_norm"] * one["retain_norm"] if name in ("forget_retain", "rule_e_r") else one["forget_norm"]
@@ -281,7 +286,7 @@ def test_a_rules_step_is_the_same_however_it_is_cut(cuts: dict[str, Path], metho
 
 
 def test_two_gradients_added_are_the_losss(cuts: dict[str, Path]) -> None:
-    assert farthest(cuts["whole"] / "npo_gd", cuts["whole"] / "npo_gd+log_conflict:true") < 1e-5
+    assert differences(cuts["whole"] / "npo_gd", cuts["whole"] / "npo_gd+log_conflict:true").max().item() < 1e-5
     for line, plain in zip(*(lines_of(cuts["whole"] / name) for name in ("npo_gd+log_conflict:true", "npo_gd")), strict=True):
         assert line["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
         assert not COLUMNS & plain.keys()
