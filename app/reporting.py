@@ -82,7 +82,7 @@ def read_run(name: str, folder: Path, record: Mapping[str, Any]) -> Run:
     settings = record.get("settings") or {}
     shown = {**flatten(settings), **flatten({key: value for key, value in record.items() if key != "settings"})}
     texts, why = forget_texts(record)
-    return Run(name, folder, shown, texts, why)
+    return Run(name, folder, shown, texts, why, method_of(settings))
 
 
 def forget_texts(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]] | None, str]:

@@ -33,6 +33,7 @@ class Run:
         folder: holds its tables, or has them where the scripts put them.
         record: its settings, versions and hashes by dotted keys, as its config.yaml has them.
         texts: question and answer of the forget rows, in their order; None: not at hand, and `no_texts` says why.
+        method: its objective and retain term, as folders are called after them; None: not known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)
     texts: list[tuple[str, str]] | None = None
     no_texts: str = ""
+    method: str | None = None
 
     def geffect(self, name: str) -> Path | None:
         """A table of its G-effects, in `geffect/` or in the folder itself; None where it has none."""

@@ -22,12 +22,12 @@ class Columns(NamedTuple):
 
 
 TABLES = {
-    "steps.csv": Columns(("step", "risk"), ("geffect", "cosine", "risk_value"), optional=("rule_geffect",)),
+    "steps.csv": Columns(("step", "risk"), ("geffect", "cosine", "risk_value"), optional=("rule_geffect", "objective_norm")),
     "layers.csv": Columns(("step", "risk", "layer", "module"), ("geffect",)),
     "updates.csv": Columns(("step", "risk", "layer", "module"), ("update_effect",)),
     "instances.csv": Columns(("step", "risk", "row"), ("geffect",), ("risk", "row")),
     "tokens.parquet": Columns(("step", "risk", "row", "position"), ("token", "loss", "geffect")),
-    "monitor.csv": Columns(("step", "risk"), ("gradient", "update")),
+    "monitor.csv": Columns(("step", "risk"), ("gradient", "update"), optional=("cosine",)),
     "prediction.csv": Columns(("step", "risk"), ("minus_lr_geffect", "update_effect", "risk_change")),
     "sweep.csv": Columns(("step", "risk", "method", "hyper_param"), ("geffect",), optional=("cosine",)),
 }

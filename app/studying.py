@@ -1,0 +1,132 @@
+"""From runs' folders to the tables of a study: lines of runs, rates, predictions, words; each written with its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+from pandas import DataFrame
+
+from app.data import set_with_perturbed, unlearning_sets
+from app.reporting import data_in, find_runs
+from unlearn.io.files import write_whole
+from unlearn.reporting import report_tables, style
+from unlearn.reporting.report_tables import Run
+from unlearn.study import figures, ordering, prediction, rates, words
+from unlearn.study.runs import layers_of, lines_of
+
+WEIGHTED = ("wga", "tnpo", "satimp")  # whose weights of tokens are compared with their G-effects
+DIGITS = "%.6g"
+
+
+def write_table(out: Path, name: str, table: DataFrame) -> DataFrame:
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / f"{name}.csv", table.to_csv(index=False, lineterminator="\n", float_format=DIGITS))
+    print(out / f"{name}.csv")
+    return table
+
+
+def draw(out: Path, name: str, drawing: Callable[[DataFrame], Figure | None], table: DataFrame) -> None:
+    with mpl.rc_context(style.STYLE):
+        if (figure := drawing(table)) is not None:
+            print(style.save(figure, out / name)[-1])
+
+
+def read_table(folder: Path, name: str) -> DataFrame:
+    """A table that `study.py runs` has written. Raises ValueError where it has not."""
+    file = folder / f"{name}.csv"
+    if not file.exists():
+        raise ValueError(f"{file}: no such file; `study.py runs RUN ... --out {folder}` writes it")
+    return pd.read_csv(file)
+
+
+def runs(folders: Sequence[str], out: Path) -> None:
+    """lines.csv, layers.csv, rates.csv, and the trajectories of each method at the rate where it does best."""
+    found = find_runs(folders)
+    lines = write_table(out, "lines", lines_of(found))
+    stopped = write_table(out, "rates", rates.stopped(lines))
+    kept = lines[lines["run"].isin(rates.best(stopped)["run"])]
+    draw(out, "trajectories", figures.trajectories, kept)
+    if (layers := layers_of(found)) is not None:
+        write_table(out, "layers", layers)
+        draw(out, "layers", figures.layers, layers.merge(kept[["run", "method"]].drop_duplicates(), on="run"))
+
+
+def predict(out: Path) -> None:
+    """prediction.csv: rank correlations of what is known at each step with what comes, and their intervals."""
+    lines = read_table(out, "lines")
+    known = prediction.table(lines, rates.stopped(lines))
+    table = write_table(out, "prediction", prediction.correlations(known))
+    draw(out, "prediction", figures.prediction, table)
+
+
+def order(sweep: Path, out: Path) -> None:
+    """order.csv: do the points of a sweep stand in the order of the runs that followed them?"""
+    lines = read_table(out, "lines")
+    points = report_tables.read(sweep)
+    write_table(out, "order_points", ordering.beside(points, rates.stopped(lines)))
+    write_table(out, "order", ordering.compared(points, rates.stopped(lines)))
+
+
+def tell_words(folder: str, out: Path) -> None:
+    """words.csv: how well |e_u|, |e_r| of tokens, and objectives' weights, tell facts from the rest; tokens.csv of which."""
+    run = find_runs([folder])[0]
+    if (file := run.geffect("tokens.parquet")) is None:
+        raise ValueError(f"{folder}: no tokens.parquet; tokens=true of compute_geffect.py writes it")
+    table = report_tables.shares(report_tables.read(file)).rename(columns={"unlearn": "e_u", "retain": "e_r"})
+    table = with_weights(with_kinds(run, table))
+    write_table(out, "words", words.told_apart(table, ["e_u", "e_r", "loss", *WEIGHTED]))
+    draw(out, "words", figures.words, table)
+
+
+def with_kinds(run: Run, table: DataFrame) -> DataFrame:
+    """The tokens with their `kind`. Raises ValueError where the run's rows have no wrong answers."""
+    settings = nested(run.record)
+    data, split = data_in(settings), settings["split"]
+    rows = [row for name in unlearning_sets(data, split)[:1] for row in data.rows(name)]
+    beside = set_with_perturbed(data, split, "forget", rows)
+    if not all({"perturbed_answer", "paraphrased_answer"} <= row.keys() for row in beside):
+        raise ValueError(f"{run.folder}: the rows of {split} have no perturbed and paraphrased answers, which tell facts apart")
+    found = []
+    for (_, row), tokens in table.groupby(["step", "row"], sort=False):
+        tokens = tokens.sort_values("position")
+        of = beside[int(row)]
+        kinds = words.kinds(list(tokens["token"]), of["question"], of["paraphrased_answer"], of["perturbed_answer"])
+        found.append(tokens.assign(kind=kinds))
+    return pd.concat(found, ignore_index=True)
+
+
+def with_weights(table: DataFrame) -> DataFrame:
+    """The tokens with each objective's weight, which is -M times the derivative by the token's loss; o_t is that of step 0."""
+    import torch
+    from hydra.utils import instantiate
+
+    from app.compose import group
+    from unlearn.objectives.tokens import Counts, Tokens
+
+    first = table[table["step"] == table["step"].min()][["row", "position", "loss"]].rename(columns={"loss": "ref"})
+    table = table.merge(first, on=["row", "position"], how="left")
+    loss, ref = (torch.tensor(table[name].to_numpy(), dtype=torch.float64) for name in ("loss", "ref"))
+    for name in WEIGHTED:
+        nll = loss.clone().requires_grad_()
+        tokens = Tokens(nll=nll, row=torch.zeros(len(loss), dtype=torch.long), n_rows=1, logits=None, ref_nll=ref)  # type: ignore[arg-type]
+        objective = instantiate(group("method", name)["objective"])
+        (gradient,) = torch.autograd.grad(objective(tokens, Counts(tokens=len(loss), rows=1)), nll)
+        table[name] = (-len(loss) * gradient).numpy()
+    return table
+
+
+def nested(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings by dotted keys as groups in groups again."""
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        *parents, last = key.split(".")
+        there = found
+        for parent in parents:
+            there = there.setdefault(parent, {})
+        there[last] = value
+    return found

@@ -1,0 +1,67 @@
+"""What many runs say together: the rate each method is compared at, what the G-effect foretells, whose tokens it is.
+
+    python study.py runs icml/smollm2-135m/* --out docs/results/study     lines, rates, trajectories, layers
+    python study.py predict --out docs/results/study                      rank correlations, of the lines
+    python study.py order RUN/geffect/sweep.csv --out docs/results/study  a sweep's points beside the finished runs
+    python study.py words RUN --out docs/results/study                    tokens: facts and the rest
+
+It measures nothing itself: forget.py and compute_geffect.py do (config/experiment has their settings).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+USAGE = "study.py runs RUN [RUN ...] | predict | order SWEEP.csv | words RUN   --out FOLDER"
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises ValueError for what a user got wrong."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message}; usage: {USAGE}")
+
+    as_typed = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_typed, usage=USAGE, allow_abbrev=False)
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.add_argument("part", choices=("runs", "predict", "order", "words"))
+    parser.add_argument("given", nargs="*", metavar="RUN", help="folders of unlearning runs; of order a sweep's table")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where tables and figures are")
+    args = parser.parse_args(argv)
+    wanted = {"runs": args.given, "predict": not args.given, "order": len(args.given) == 1, "words": len(args.given) == 1}
+    if not wanted[args.part]:
+        refuse(f"{args.part}: {len(args.given)} given")
+    return args
+
+
+def run(part: str, given: list[str], out: Path) -> None:
+    """Write the part's tables and figures into `out`. Raises ValueError for what is not there or not readable."""
+    from app import studying
+
+    match part:
+        case "runs":
+            studying.runs(given, out)
+        case "predict":
+            studying.predict(out)
+        case "order":
+            studying.order(Path(given[0]), out)
+        case _:
+            studying.tell_words(given[0], out)
+
+
+def main(argv: list[str]) -> int:
+    """2 for what can be mended on the command line, 1 for what went wrong on the way."""
+    try:
+        args = parse_args(argv)
+        run(args.part, args.given, args.out)
+    except (ValueError, OSError) as error:
+        print(f"study.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

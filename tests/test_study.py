@@ -1,0 +1,210 @@
+"""The study's tables: against scipy and slow versions on runs that are made up, and on real ones of the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, make_workplace, run_in
+from scipy.stats import spearmanr
+
+import study
+from unlearn.study import ordering, prediction, rates, words
+
+
+def lines(runs: int = 8, steps: int = 4, seed: int = 0) -> pd.DataFrame:
+    """Runs whose PS fall, the retain PS slower, and whose e_u at every step is minus what the forget loss will rise by."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for i in range(runs):
+        rise = np.sort(draw.uniform(size=steps))
+        for step in range(steps):
+            found.append(
+                {
+                    **{"run": f"run{i}", "method": f"m{i // 2}", "lr": [1e-5, 3e-5][i % 2], "seed": 1, "hyper": np.nan},
+                    **{"epochs": 1, "step": 5 * step, "forget_loss": rise[step], "retain_loss": rise[step] / 9},
+                    **{"forget_ps": 1 - rise[step], "retain_ps": 1 - rise[step] ** (1 + i)},
+                    **{"e_u": rise[step] - rise[-1], "e_r": draw.normal(), "lr_norm": draw.uniform()},
+                }
+            )
+    return pd.DataFrame(found)
+
+
+def test_a_run_is_stopped_where_it_forgets_most_and_still_keeps() -> None:
+    table = lines()
+    found = rates.stopped(table).set_index("run")
+    for run, of in table.groupby("run"):
+        kept = [line for _, line in of.iterrows() if line["retain_ps"] >= 0.9 * of["retain_ps"].iloc[0]]
+        assert found.loc[run, "forget_ps"] == min(line["forget_ps"] for line in kept)
+        assert found.loc[run, "forget_ps_end"] == of["forget_ps"].iloc[-1]
+    chosen = rates.best(rates.stopped(table)).set_index("method")
+    for method, of in rates.stopped(table).groupby("method"):
+        assert chosen.loc[method, "forget_ps"] == of["forget_ps"].min()
+
+
+def test_a_run_that_keeps_nothing_is_stopped_before_it_begins() -> None:
+    table = lines(1)
+    table.loc[1:, "retain_ps"] = 0.0
+    assert rates.stopped(table)["step"].tolist() == [0]
+
+
+def test_ranks_are_scipys() -> None:
+    draw = np.random.default_rng(1)
+    x, y = draw.integers(4, size=(2, 6, 20)).astype(float)
+    found = prediction.spearman(x, y)
+    assert found == pytest.approx([spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)], abs=1e-12)
+    assert np.isnan(prediction.spearman(np.ones((1, 5)), np.arange(5.0)[None])[0])
+
+
+def test_intervals_are_a_loops() -> None:
+    draw = np.random.default_rng(2)
+    x, y = draw.normal(size=(2, 12))
+    again = np.random.default_rng(prediction.SEED)
+    rhos = []
+    for places in again.integers(12, size=(prediction.RESAMPLES, 12)):
+        rhos.append(spearmanr(x[places], y[places]).statistic)
+    found = prediction.interval(x, y)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(rhos, [2.5, 97.5])), abs=1e-12)
+    assert found["rho"] == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
+
+
+def test_what_foretells_exactly_has_a_rho_of_1() -> None:
+    table = lines()
+    known = prediction.table(table, rates.stopped(table))
+    assert known["step"].max() == 10  # nothing follows the last
+    found = prediction.correlations(known).set_index(["step", "predictor", "outcome"])
+    for step in (0, 5, 10):
+        line = found.loc[(step, "e_u", "forget_rise_end")]
+        assert (line["rho"], line["low"], line["high"], line["kind"], line["runs"]) == (-1, -1, -1, "G-effect", 8)
+    at_0 = known[known["step"] == 0].set_index("run")
+    ends = table[table["step"] == 15].set_index("run")
+    assert (at_0["forget_rise_end"] == ends["forget_loss"] - table[table["step"] == 0].set_index("run")["forget_loss"]).all()
+    assert "forget_rise" not in found.loc[0].index.get_level_values("predictor")  # 0 in all
+    assert set(found["kind"]) == {"G-effect", "rival"}
+
+
+def test_predictions_are_written_and_drawn(tmp_path: Path) -> None:
+    lines().to_csv(tmp_path / "lines.csv", index=False)
+    assert study.main(["predict", "--out", str(tmp_path)]) == 0
+    found = pd.read_csv(tmp_path / "prediction.csv")
+    assert found.loc[found["predictor"] == "e_u", "rho"].min() == -1
+    assert (tmp_path / "prediction.png").stat().st_size > 10_000
+
+
+def test_a_sweeps_points_meet_the_runs_of_their_objective() -> None:
+    ends = rates.stopped(lines())
+    at = {"step": 0, "method": ["m0", "m1", "m2", "m3"] * 2, "hyper_param": np.nan, "risk": ["unlearn"] * 4 + ["retain"] * 4}
+    points = pd.DataFrame(at | {"geffect": [-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0]})
+    found = ordering.beside(points, ends).set_index("method")
+    for method, of in ends.groupby("method"):
+        assert found.loc[method, "forget_ps"] == of["forget_ps"].min()
+    assert found["ratio"].tolist() == [1 / 4, 2 / 3, 3 / 2, 4]
+    own = ends.assign(hyper=[0.5, np.nan] * 4)
+    assert len(ordering.beside(points, own)) == 4
+    assert (ordering.beside(points, own).set_index("method")["forget_ps"] == own[1::2].set_index("method")["forget_ps"]).all()
+
+
+def test_facts_are_what_no_wrong_answer_has() -> None:
+    tokens = ["Ann", " Lee", "'s", " father", " was", " a", " flor", "ist", " in", " Oslo", "."]
+    kinds = words.kinds(
+        tokens,
+        "Who was Ann Lee's father?",
+        "Ann Lee's father worked as a florist, of Oslo.",
+        ["Ann Lee's father was a painter in Rome.", "Ann Lee's father was a farmer in Bonn."],
+    )
+    facts = {token for token, kind in zip(tokens, kinds, strict=True) if kind == words.FACT}
+    assert facts == {" flor", "ist", " Oslo"}
+    assert words.kinds([" born"], "", "He came from Oslo", ["from Rome"]) == [words.OWN]
+
+
+def test_told_apart() -> None:
+    table = pd.DataFrame({"step": 0, "kind": ["fact", "fact", "rest", "rest", "own"], "e_r": [-3.0, 2.0, 1.0, -2.0, 99.0]})
+    line = words.told_apart(table, ["e_r"]).iloc[0]
+    assert (line["auc"], line["facts"], line["rest"], line["share"]) == (3.5 / 4, 2, 2, 5 / 8)
+
+
+# ---- real runs ----
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, young: Path) -> Path:
+    """Runs of the tiny model by the study's own settings, fewer, with G-effects; and a study of them."""
+    folder = make_workplace(tmp_path_factory.mktemp("study"))
+    tiny = f"model_family=tiny model_path={young} split=forget10 retain_holdout=8"
+    tiny += " num_epochs=1 batch_size=16 save_steps=2 eval.every=2"
+    run_in(folder, f"python forget.py -m +experiment=trajectories {tiny} geffect.every=2 method=npo,wga")
+    run_in(folder, f"python forget.py -m +experiment=rates {tiny} method=npo lr=1e-3")
+    return folder
+
+
+def test_the_studys_commands(place: Path) -> None:
+    runs = [run.name for run in sorted((place / "icml/tiny").iterdir()) if (run / "scores.csv").exists()]
+    assert len(runs) == 3
+    run_in(place, f"python study.py runs {' '.join(f'icml/tiny/{run}' for run in runs)} --out out")
+    table = pd.read_csv(place / "out/lines.csv")
+    assert set(table["method"]) == {"npo", "wga"}
+    assert {"trajectories.png", "layers.png", "rates.csv"} <= {file.name for file in (place / "out").iterdir()}
+    for run, of in table.groupby("run"):
+        folder = next(place / "icml/tiny" / name for name in runs if study_name(place, name) == run)
+        steps = pd.read_csv(folder / "geffect/steps.csv") if (folder / "geffect/steps.csv").exists() else None
+        scores = pd.read_csv(folder / "scores.csv")
+        assert of["forget_ps"].tolist() == pytest.approx(scores["forget_ps_exact"].tolist(), rel=1e-5)
+        if steps is not None:
+            assert of["e_r"].tolist() == pytest.approx(steps[steps["risk"] == "retain"]["geffect"].tolist(), rel=1e-5)
+            monitor = pd.read_csv(folder / "geffect/monitor.csv")
+            before = monitor[(monitor["risk"] == "unlearn") & (monitor["step"] < 2)]
+            assert of[of["step"] == 2]["update_u"].item() == pytest.approx(before["update"].sum(), rel=1e-5)
+        log = [json.loads(line) for line in (folder / "logs/train.jsonl").open()]
+        moved = sum(line["learning_rate"] * line["grad_norm"] for line in log if line["step"] <= 2)
+        assert of[of["step"] == 2]["lr_norm"].item() == pytest.approx(moved, rel=1e-5)
+    few = run_in(place, "python study.py predict --out out", check=False)
+    assert (few.returncode, few.stderr) == (2, "study.py: 3 runs: a rank correlation is told of at least 5\n")
+
+
+def study_name(place: Path, folder: str) -> str:
+    """What the study calls the run in that folder."""
+    from app.reporting import find_runs
+
+    runs = [f"{place}/icml/tiny/{run.name}" for run in sorted((place / "icml/tiny").iterdir()) if (run / "scores.csv").exists()]
+    return {run.folder.name: run.name for run in find_runs(runs)}[folder]
+
+
+def test_order_and_words(place: Path) -> None:
+    run = next((place / "icml/tiny").glob("npo_3e-05*"))
+    run_in(place, f"python compute_geffect.py model_path_cur={run} sweep=[npo,wga] tokens=true instances=false save_dir=more")
+    runs = " ".join(str(folder.parent) for folder in (place / "icml/tiny").glob("*/scores.csv"))
+    run_in(place, f"python study.py runs {runs} --out out2")
+    few = run_in(place, "python study.py order more/geffect/sweep.csv --out out2", check=False)
+    assert "2 objectives of the sweep were run" in few.stderr
+    points = pd.read_csv(place / "out2/order_points.csv")
+    assert set(points["method"]) == {"npo", "wga"}
+    (place / "more/config.yaml").write_text((run / "config.yaml").read_text())
+    run_in(place, "python study.py words more --out out2")
+    table = pd.read_csv(place / "out2/words.csv")
+    assert {"e_u", "e_r", "wga", "tnpo", "satimp"} <= set(table["value"])
+    tokens = pd.read_parquet(place / "more/geffect/tokens.parquet")
+    assert (table["facts"] + table["rest"] <= len(tokens)).all()
+    tnpo = table[(table["value"] == "tnpo") & (table["step"] == 0)].iloc[0]
+    assert (tnpo["auc"], tnpo["mean_fact"]) == (0.5, pytest.approx(1.0, rel=1e-9))  # the model is its own reference
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("other --out x", "invalid choice: 'other'"),
+        ("runs --out x", "runs: 0 given; usage"),
+        ("predict --out nowhere", "nowhere/lines.csv: no such file; `study.py runs"),
+        ("runs nowhere --out x", "nowhere: no such folder"),
+    ],
+)
+def test_what_can_not_be(words: str, line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert study.main(words.split()) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_the_words_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    done = run_in(ROOT, "python study.py --help")
+    assert "runs RUN" in done.stdout

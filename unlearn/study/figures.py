@@ -1,0 +1,129 @@
+"""The figures of a study: trajectories, layers, what is foretold, and facts beside the rest."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from pandas import DataFrame
+
+from unlearn.reporting.style import (
+    HEAT,
+    PALETTE,
+    SHAPES,
+    SYMBOLS,
+    WIDE,
+    colour_bar,
+    fit_scale,
+    legend_above,
+    new_figure,
+    step_axis,
+    zero_line,
+)
+
+PANELS = {
+    "e_u": "$e_u$ ((nats/token)²)",
+    "e_r": "$e_r$ ((nats/token)²)",
+    "cos_u": "cosine of both (unlearn risk)",
+    "cos_r": "cosine of both (retain risk)",
+    "forget_ps": "forget PS",
+    "retain_ps": "held-out retain PS",
+}
+FORETOLD = {"forget_rise_end": "forget loss still to rise", "retain_rise_end": "retain loss still to rise"}
+FORETOLD |= {"forget_ps_stopped": "forget PS at 90% of the retain PS"}
+
+
+def trajectories(lines: DataFrame) -> Figure | None:
+    """G-effects, cosines and PS over the steps, a line a run, a colour a method; None where there are no G-effects."""
+    there = [name for name in PANELS if name in lines and lines[name].notna().any()]
+    if "e_u" not in there:
+        return None
+    figure = new_figure(7.0)
+    looks = dict(zip(lines["run"].unique(), cycle((c, m) for m in SHAPES for c in PALETTE), strict=False))
+    names = _labels(lines)
+    for axes, name in zip(figure.subplots(3, 2).flat, there, strict=False):
+        for run, line in lines.groupby("run", sort=False):
+            colour, mark = looks[run]
+            line = line.dropna(subset=[name])
+            axes.plot(line["step"], line[name], color=colour, marker=mark, markersize=2.5, linewidth=0.9, label=names[run])
+        if name.startswith("e_"):
+            fit_scale(axes.yaxis, lines[name].dropna())
+        if not name.endswith("ps"):
+            zero_line(axes)
+        step_axis(axes)
+        axes.set_ylabel(PANELS[name])
+    legend_above(figure, 6)
+    return figure
+
+
+def _labels(lines: DataFrame) -> dict[str, str]:
+    """Each run by its method, and by its rate or seed where a method has several runs."""
+    first = lines.drop_duplicates("run").set_index("run")
+    several = first["method"].duplicated(keep=False)
+    return {run: f"{line['method']} {line['lr']:g}" if several[run] else line["method"] for run, line in first.iterrows()}
+
+
+def layers(table: DataFrame) -> Figure | None:
+    """Each layer's share of the last step's |G-effects|, a row a method; None where there are none.
+
+    Args:
+        table: columns run, method, risk, layer, step, geffect.
+    """
+    if not len(table):
+        return None
+    last = table[table["step"] == table.groupby("run")["step"].transform("max")]
+    order = list(dict.fromkeys(table["layer"].astype(str)))
+    figure = new_figure(1.6 + 0.17 * last["run"].nunique(), WIDE)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, risk in zip(panels, SYMBOLS, strict=True):
+        of_risk = last[last["risk"] == risk]
+        grid = of_risk.assign(layer=of_risk["layer"].astype(str)).pivot_table(index="run", columns="layer", values="geffect")
+        grid = grid.reindex(index=last["run"].unique(), columns=order)
+        share = grid.div(grid.abs().sum(axis=1), axis=0)
+        axes.imshow(share, cmap=HEAT, norm=Normalize(-0.25, 0.25), aspect="auto")
+        axes.set_title(f"{SYMBOLS[risk]}: each layer's share")
+        axes.set_yticks(range(len(grid)), [last[last["run"] == run]["method"].iloc[0] for run in grid.index])
+        places = np.unique(np.linspace(0, len(order) - 1, 9).round().astype(int))
+        axes.set_xticks(places, [order[place] for place in places], rotation=60)
+    colour_bar(figure, Normalize(-0.25, 0.25), "share of the sum of |parts|", across=True, ax=list(panels), shrink=0.4)
+    return figure
+
+
+def prediction(table: DataFrame) -> Figure | None:
+    """Rank correlations as heat maps, predictor by step, an outcome each; a number is bold where its interval leaves out 0."""
+    if not len(table):
+        return None
+    predictors = list(dict.fromkeys(table["predictor"]))
+    figure = new_figure(0.9 + 0.19 * len(predictors))
+    panels = figure.subplots(1, len(FORETOLD), sharey=True)
+    for axes, (outcome, title) in zip(panels, FORETOLD.items(), strict=True):
+        of = table[table["outcome"] == outcome]
+        grid = of.pivot(index="predictor", columns="step", values="rho").reindex(predictors)
+        axes.imshow(grid, cmap=HEAT, norm=Normalize(-1, 1), aspect="auto")
+        for _, line in of.iterrows():
+            place = (list(grid.columns).index(line["step"]), predictors.index(line["predictor"]))
+            sure = line["low"] > 0 or line["high"] < 0
+            colour = "white" if abs(line["rho"]) > 0.6 else "black"
+            text = f"{line['rho']:.2f}"
+            axes.text(*place, text, ha="center", va="center", fontsize=6, weight="bold" if sure else "normal", color=colour)
+        axes.set_xticks(range(grid.shape[1]), [str(step) for step in grid.columns])
+        axes.set(title=title, xlabel="step")
+        axes.set_yticks(range(len(predictors)), predictors)
+    return figure
+
+
+def words(table: DataFrame) -> Figure | None:
+    """|token e_u| and |token e_r| of facts, own words and the rest, as boxes, a panel a step."""
+    steps = sorted(table["step"].unique())
+    figure = new_figure(1.3 + 1.5 * len(steps))
+    for row, step in zip(np.atleast_2d(figure.subplots(len(steps), 2, squeeze=False)), steps, strict=True):
+        for axes, name in zip(row, ("e_u", "e_r"), strict=True):
+            at = table[table["step"] == step]
+            kinds = list(dict.fromkeys(table["kind"]))
+            values = [at[at["kind"] == kind][name].abs().replace(0, np.nan).dropna() for kind in kinds]
+            axes.boxplot(values, tick_labels=kinds, orientation="horizontal", showfliers=False, widths=0.6)
+            axes.set_xscale("log")
+            axes.set(title=f"step {step}", xlabel=f"|{SYMBOLS['unlearn' if name == 'e_u' else 'retain']}| of a token")
+    return figure

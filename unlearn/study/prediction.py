@@ -1,0 +1,86 @@
+"""Does it predict: rank correlations over runs between what is known at a step and what comes of the run, with intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from pandas import DataFrame
+from scipy.stats import rankdata
+
+Array = NDArray[np.float64]
+
+GEFFECT = ("e_u", "e_r", "cos_u", "cos_r", "lr_e_u", "lr_e_r", "update_u", "update_r")
+RIVALS = ("lr", "lr_norm", "loss", "batch_u", "batch_r", "forget_rise", "retain_rise")
+OUTCOMES = ("forget_rise_end", "retain_rise_end", "forget_ps_end", "retain_ps_end", "forget_ps_stopped")
+RESAMPLES, SEED, FEWEST = 2000, 0, 5
+
+
+def table(lines: DataFrame, ends: DataFrame) -> DataFrame:
+    """The lines with what is known at each beside what comes of its run.
+
+    Args:
+        lines: a table of `runs.lines_of`.
+        ends: that of `rates.stopped` of it.
+
+    Returns:
+        `lines` and, known at the step: lr_e_u, lr_e_r (lr times e), forget_rise, retain_rise (loss there less loss at step 0,
+        nats a token). What comes: forget_rise_end, retain_rise_end (loss at the end less loss there), forget_ps_end,
+        retain_ps_end, and forget_ps_stopped, that of `rates.stopped`. The last step is left out: nothing follows.
+    """
+    found = lines.sort_values(["run", "step"]).reset_index(drop=True)
+    of_run = found.groupby("run", sort=False)
+    for risk in ("forget", "retain"):
+        loss = found[f"{risk}_loss"]
+        found[f"{risk}_rise"] = loss - of_run[f"{risk}_loss"].transform("first")
+        found[f"{risk}_rise_end"] = of_run[f"{risk}_loss"].transform("last") - loss
+        found[f"{risk}_ps_end"] = of_run[f"{risk}_ps"].transform("last")
+    for letter in ("u", "r"):
+        if f"e_{letter}" in found:
+            found[f"lr_e_{letter}"] = found["lr"] * found[f"e_{letter}"]
+    found["forget_ps_stopped"] = found["run"].map(ends.set_index("run")["forget_ps"])
+    return found[found["step"] < of_run["step"].transform("max")]
+
+
+def correlations(known: DataFrame) -> DataFrame:
+    """Spearman's rank correlation of every predictor with every outcome at every step, over the runs.
+
+    Args:
+        known: a table of `table`.
+
+    Returns:
+        Columns step, predictor, kind (G-effect or rival), outcome, runs, rho, low, high: rho and its 95% interval, by bootstrap
+        over runs (`RESAMPLES` draws from seed `SEED`). Left out: what fewer than `FEWEST` runs have, or values that are all the
+        same.
+
+    Raises:
+        ValueError: there are fewer runs than `FEWEST`.
+    """
+    if (runs := known["run"].nunique()) < FEWEST:
+        raise ValueError(f"{runs} runs: a rank correlation is told of at least {FEWEST}")
+    found = []
+    for step, at in known.groupby("step"):
+        for predictor in (name for name in (*GEFFECT, *RIVALS) if name in at):
+            for outcome in OUTCOMES:
+                pair = at[[predictor, outcome]].dropna().to_numpy(dtype=float)
+                if len(pair) >= FEWEST and (pair != pair[0]).any(axis=0).all():
+                    kind = "G-effect" if predictor in GEFFECT else "rival"
+                    line = {"step": step, "predictor": predictor, "kind": kind, "outcome": outcome, "runs": len(pair)}
+                    found.append(line | interval(pair[:, 0], pair[:, 1]))
+    return DataFrame(found)
+
+
+def interval(x: Array, y: Array) -> dict[str, float]:
+    """rho of all runs, and the 2.5th and 97.5th percentile of that of runs drawn with replacement."""
+    drawn = np.random.default_rng(SEED).integers(len(x), size=(RESAMPLES, len(x)))
+    of_drawn = spearman(x[drawn], y[drawn])
+    low, high = np.nanpercentile(of_drawn, [2.5, 97.5])
+    return {"rho": float(spearman(x[None], y[None])[0]), "low": float(low), "high": float(high)}
+
+
+def spearman(x: Array, y: Array) -> Array:
+    """Spearman's rho of each row of x (n, runs) with that of y, ties at their mean rank; NaN where a row is constant."""
+    ranks = [rankdata(values, axis=1) for values in (x, y)]
+    a, b = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rho: Array = (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+    return rho
