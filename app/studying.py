@@ -16,7 +16,7 @@ from app.reporting import data_in, find_runs
 from unlearn.io.files import write_whole
 from unlearn.reporting import report_tables, style
 from unlearn.reporting.report_tables import Run
-from unlearn.study import figures, ordering, prediction, rates, words
+from unlearn.study import claims, figures, ordering, prediction, rates, words
 from unlearn.study.runs import layers_of, lines_of
 
 WEIGHTED = ("wga", "tnpo", "satimp")  # whose weights of tokens are compared with their G-effects
@@ -45,14 +45,17 @@ def read_table(folder: Path, name: str) -> DataFrame:
 
 
 def runs(folders: Sequence[str], out: Path) -> None:
-    """lines.csv, layers.csv, rates.csv, and the trajectories of each method at the rate where it does best."""
+    """lines, rates, together, layers and depth as CSV, and the trajectories of each method at the rate where it does best."""
     found = find_runs(folders)
     lines = write_table(out, "lines", lines_of(found))
     stopped = write_table(out, "rates", rates.stopped(lines))
     kept = lines[lines["run"].isin(rates.best(stopped)["run"])]
     draw(out, "trajectories", figures.trajectories, kept)
+    if "e_u" in lines:
+        write_table(out, "together", claims.together(lines))
     if (layers := layers_of(found)) is not None:
         write_table(out, "layers", layers)
+        write_table(out, "depth", claims.by_depth(layers))
         draw(out, "layers", figures.layers, layers.merge(kept[["run", "method"]].drop_duplicates(), on="run"))
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT, make_workplace, run_in
 from scipy.stats import spearmanr
 
 import study
-from unlearn.study import ordering, prediction, rates, words
+from unlearn.study import claims, ordering, prediction, rates, words
 
 
 def lines(runs: int = 8, steps: int = 4, seed: int = 0) -> pd.DataFrame:
@@ -43,6 +43,28 @@ def test_a_run_is_stopped_where_it_forgets_most_and_still_keeps() -> None:
     chosen = rates.best(rates.stopped(table)).set_index("method")
     for method, of in rates.stopped(table).groupby("method"):
         assert chosen.loc[method, "forget_ps"] == of["forget_ps"].min()
+
+
+def test_the_price_is_what_keeping_costs_at_equal_forgetting() -> None:
+    table = pd.DataFrame({"step": [0, 5, 10, 15], "forget_loss": [0.1, 0.2, 1.0, 0.3], "retain_loss": [0.5, 0.6, 1.0, 2.0]})
+    assert rates.price(table) == pytest.approx(0.1 + 0.5 * 0.4, rel=1e-12)  # at a forget loss of 0.6
+    assert rates.price(table.sample(frac=1, random_state=0)) == rates.price(table)
+    assert np.isnan(rates.price(table, rise=1.0))
+
+
+def test_depth_adds_up_by_thirds() -> None:
+    layer = ["embed", *map(str, range(6)), "norm"]
+    table = pd.DataFrame({"run": "a", "risk": "retain", "layer": layer, "step": 0, "geffect": [99, 1, -2, 3, 4, -5, 5, 99]})
+    line = claims.by_depth(table).iloc[0]
+    assert [line[name] for name in claims.THIRDS] == [3 / 20, 7 / 20, 10 / 20]
+
+
+def test_e_r_that_falls_with_e_u() -> None:
+    table = lines(2).assign(e_r=lambda table: table["e_u"] / 10 + 0.01)
+    found = claims.together(table)
+    assert found["rho"].tolist() == [1, 1]
+    assert np.isinf(found["ratio_last"]).all()  # e_u is 0 there
+    assert (found["keeps"] == table.groupby("run")["e_r"].agg(lambda values: (values >= 0).mean()).to_numpy()).all()
 
 
 def test_a_run_that_keeps_nothing_is_stopped_before_it_begins() -> None:

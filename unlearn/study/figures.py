@@ -32,7 +32,7 @@ PANELS = {
     "retain_ps": "held-out retain PS",
 }
 FORETOLD = {"forget_rise_end": "forget loss still to rise", "retain_rise_end": "retain loss still to rise"}
-FORETOLD |= {"forget_ps_stopped": "forget PS at 90% of the retain PS"}
+FORETOLD |= {"forget_ps_stopped": "forget PS at 90% of retain PS", "price": "retain loss at equal forgetting"}
 
 
 def trajectories(lines: DataFrame) -> Figure | None:

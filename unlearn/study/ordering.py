@@ -8,7 +8,7 @@ from pandas import DataFrame
 from unlearn.study.prediction import FEWEST, interval
 
 POINT = ("e_u", "e_r", "ratio", "cos_u", "cos_r")
-OUTCOME = ("forget_ps", "forget_ps_end", "retain_ps_end")
+OUTCOME = ("forget_ps", "forget_ps_end", "retain_ps_end", "price")
 
 
 def beside(points: DataFrame, ends: DataFrame) -> DataFrame:
@@ -21,7 +21,7 @@ def beside(points: DataFrame, ends: DataFrame) -> DataFrame:
 
     Returns:
         Columns step, method, hyper, e_u, e_r, ratio (e_r / |e_u|), cos_u, cos_r where there are cosines, forget_ps,
-        forget_ps_end, retain_ps_end.
+        forget_ps_end, retain_ps_end, price.
     """
     values = [name for name in ("geffect", "cosine") if name in points]
     wide = points.pivot_table(index=["step", "method", "hyper_param"], columns="risk", values=values, dropna=False)

@@ -11,7 +11,7 @@ Array = NDArray[np.float64]
 
 GEFFECT = ("e_u", "e_r", "cos_u", "cos_r", "lr_e_u", "lr_e_r", "update_u", "update_r")
 RIVALS = ("lr", "lr_norm", "loss", "batch_u", "batch_r", "forget_rise", "retain_rise")
-OUTCOMES = ("forget_rise_end", "retain_rise_end", "forget_ps_end", "retain_ps_end", "forget_ps_stopped")
+OUTCOMES = ("forget_rise_end", "retain_rise_end", "forget_ps_end", "retain_ps_end", "forget_ps_stopped", "price")
 RESAMPLES, SEED, FEWEST = 2000, 0, 5
 
 
@@ -25,7 +25,7 @@ def table(lines: DataFrame, ends: DataFrame) -> DataFrame:
     Returns:
         `lines` and, known at the step: lr_e_u, lr_e_r (lr times e), forget_rise, retain_rise (loss there less loss at step 0,
         nats a token). What comes: forget_rise_end, retain_rise_end (loss at the end less loss there), forget_ps_end,
-        retain_ps_end, and forget_ps_stopped, that of `rates.stopped`. The last step is left out: nothing follows.
+        retain_ps_end, forget_ps_stopped and price, those of `rates.stopped`. The last step is left out: nothing follows.
     """
     found = lines.sort_values(["run", "step"]).reset_index(drop=True)
     of_run = found.groupby("run", sort=False)
@@ -37,7 +37,8 @@ def table(lines: DataFrame, ends: DataFrame) -> DataFrame:
     for letter in ("u", "r"):
         if f"e_{letter}" in found:
             found[f"lr_e_{letter}"] = found["lr"] * found[f"e_{letter}"]
-    found["forget_ps_stopped"] = found["run"].map(ends.set_index("run")["forget_ps"])
+    of_ends = ends.set_index("run")
+    found["forget_ps_stopped"], found["price"] = (found["run"].map(of_ends[name]) for name in ("forget_ps", "price"))
     return found[found["step"] < of_run["step"].transform("max")]
 
 

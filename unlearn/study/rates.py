@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 from pandas import DataFrame
 
+RISE = 0.5  # nats a token that the forget loss has to rise by for a run to have a price
 KEYS = ["method", "hyper", "seed"]
 
 
@@ -17,8 +19,8 @@ def stopped(lines: DataFrame, share: float = 0.9) -> DataFrame:
         lines: a table of `runs.lines_of`.
 
     Returns:
-        Columns run, method, lr, seed, hyper, epochs, step, forget_ps, retain_ps, forget_ps_end, retain_ps_end, in the order of
-        the lines; `share` of the retain PS at the run's first step is the bar.
+        Columns run, method, lr, seed, hyper, epochs, step, forget_ps, retain_ps, forget_ps_end, retain_ps_end, price, in the
+        order of the lines; `share` of the retain PS at the run's first step is the bar. For price see there.
     """
     found = []
     for run, table in lines.groupby("run", sort=False):
@@ -27,8 +29,25 @@ def stopped(lines: DataFrame, share: float = 0.9) -> DataFrame:
         best = table[table["retain_ps"] >= share * first["retain_ps"]].sort_values("forget_ps", kind="stable").iloc[0]
         line = {"run": run} | {name: best[name] for name in ("method", "lr", "seed", "hyper", "epochs", "step")}
         line |= {name: best[name] for name in ("forget_ps", "retain_ps")}
-        found.append(line | {f"{name}_end": last[name] for name in ("forget_ps", "retain_ps")})
+        line |= {f"{name}_end": last[name] for name in ("forget_ps", "retain_ps")}
+        found.append(line | {"price": price(table)})
     return DataFrame(found)
+
+
+def price(table: DataFrame, rise: float = RISE) -> float:
+    """What a run's retain loss has risen by, in nats a token, when its forget loss has first risen by `rise`.
+
+    On straight lines between the scored steps; NaN where it never does. It compares methods at the same forgetting, whatever
+    their rates, and has a value where the retain PS has hardly moved.
+    """
+    table = table.sort_values("step")
+    forget, retain = (table[f"{name}_loss"].to_numpy() - table[f"{name}_loss"].iloc[0] for name in ("forget", "retain"))
+    reached = np.flatnonzero(forget >= rise)
+    if not len(reached) or reached[0] == 0:
+        return float("nan")
+    after = reached[0]
+    weight = (rise - forget[after - 1]) / (forget[after] - forget[after - 1])
+    return float(retain[after - 1] + weight * (retain[after] - retain[after - 1]))
 
 
 def best(rates: DataFrame) -> DataFrame:
