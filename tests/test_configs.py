@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,6 +36,7 @@ PRIMARY = sorted(
 METHODS = sorted(file.stem for file in (CONFIG / "method").glob("*.yaml"))
 RULES = sorted(file.stem for file in (CONFIG / "rule").glob("*.yaml"))
 RETAIN = sorted(file.stem for file in (CONFIG / "retain").glob("*.yaml"))
+EXPERIMENTS = sorted(file.stem for file in (CONFIG / "experiment").glob("*.yaml"))
 
 
 def composed(*overrides: str, config: str = "forget") -> DictConfig:
@@ -97,6 +99,20 @@ def test_method_and_retain(method: str, retain: str) -> None:
     term = instantiate(cfg.retain.term)
     assert term is None if cfg.retain.name == "none" else callable(term)
     assert needs_reference(term) == (cfg.retain.name not in ("none", "gd", "ap"))  # a second model, for whole outputs only
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment(name: str) -> None:
+    """Every value that its sweeper names is one, and its settings are there."""
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        whole = compose("forget", [f"+experiment={name}"], return_hydra_config=True)
+    params = whole.hydra.sweeper.params
+    columns = [str(value).split(",") for value in params.values()]
+    for values in zip(*(islice(cycle(column), max(map(len, columns))) for column in columns), strict=True):
+        words = [f"{key}={value}" for key, value in zip(params, values, strict=True)]
+        settings = given("forget", [f"+experiment={name}", *words])
+        assert (settings.split, settings.eval.every, settings.save_steps) == ("forget01", 5, 25)
+    assert f"forget.py -m +experiment={name} " in (CONFIG / "experiment" / f"{name}.yaml").read_text()
 
 
 # ---- families ----

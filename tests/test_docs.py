@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import basher1
 import report
+import study
 from app.compose import compose, parsed
 from app.door import quote, split_flags
 from app.fields import flatten
@@ -83,8 +84,8 @@ def commands() -> Iterator[list[str]]:
 def test_every_command_has_settings_that_are_there(words: list[str]) -> None:
     """Whether it also runs, with the tiny model: test_commands.py, test_demo.py and their like."""
     script, *rest = words
-    if script == "report.py":
-        assert report.parse_args(rest).runs
+    if script in ("report.py", "study.py"):
+        assert (report if script == "report.py" else study).parse_args(rest)
         return
     if script.startswith("basher"):
         args = basher1.parse_args(rest)
