@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup demo plan test check format docs links clean
+.PHONY: setup demo study plan test check format docs links clean
 
 setup: .venv/ready
 
@@ -30,6 +30,15 @@ demo: setup
 	$(BIN)/python report.py $(RUNS) --out $(RUN)/report.html
 	@echo "The scores are in $(RUN)/*/scores.csv, the figures in $(RUN)/*/figures, */geffect/figures and */checkpoint-*/eval_results/*/figures"
 	@echo "Look at $(RUN)/report.html: open it in a browser"
+
+# The runs of docs/results/study.md and its tables, of any family: make study SETTINGS="model_path=FULL data_path=DATA". What is
+# finished is not run again.
+STUDY = icml/study
+study: setup
+	for experiment in trajectories layers rates retain seeds; do \
+		$(BIN)/python forget.py -m +experiment=$$experiment $(SETTINGS) output_dir=$(STUDY) || exit 1; done
+	$(BIN)/python study.py runs $(STUDY)/*/*_forget01_* --out $(STUDY)
+	$(BIN)/python study.py predict --out $(STUDY)
 
 # What a family needs of memory and disk: make plan FAMILY=llama2-7b GPUS=8 SETTINGS="parallel=fsdp plan_for=gpu".
 FAMILY ?= llama2-7b

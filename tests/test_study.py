@@ -108,6 +108,15 @@ def test_what_foretells_exactly_has_a_rho_of_1() -> None:
     assert set(found["kind"]) == {"G-effect", "rival"}
 
 
+def test_a_start_is_that_of_the_same_objective() -> None:
+    table = lines(4)
+    table.loc[table["run"].isin(["run1", "run3"]), "e_u"] = np.nan
+    found = prediction.with_starts(table)
+    at_0 = found[found["step"] == 0].set_index("run")["e_u"]
+    assert at_0["run1"] == at_0["run0"] != at_0["run2"] == at_0["run3"]
+    assert found[found["step"] > 0]["e_u"].isna().sum() == table[table["step"] > 0]["e_u"].isna().sum()
+
+
 def test_predictions_are_written_and_drawn(tmp_path: Path) -> None:
     lines().to_csv(tmp_path / "lines.csv", index=False)
     assert study.main(["predict", "--out", str(tmp_path)]) == 0
@@ -163,14 +172,14 @@ def place(tmp_path_factory: pytest.TempPathFactory, young: Path) -> Path:
 
 
 def test_the_studys_commands(place: Path) -> None:
-    runs = [run.name for run in sorted((place / "icml/tiny").iterdir()) if (run / "scores.csv").exists()]
+    runs = [run.name for run in sorted((place / "icml/study/tiny").iterdir()) if (run / "scores.csv").exists()]
     assert len(runs) == 3
-    run_in(place, f"python study.py runs {' '.join(f'icml/tiny/{run}' for run in runs)} --out out")
+    run_in(place, f"python study.py runs {' '.join(f'icml/study/tiny/{run}' for run in runs)} --out out")
     table = pd.read_csv(place / "out/lines.csv")
     assert set(table["method"]) == {"npo", "wga"}
     assert {"trajectories.png", "layers.png", "rates.csv"} <= {file.name for file in (place / "out").iterdir()}
     for run, of in table.groupby("run"):
-        folder = next(place / "icml/tiny" / name for name in runs if study_name(place, name) == run)
+        folder = next(place / "icml/study/tiny" / name for name in runs if study_name(place, name) == run)
         steps = pd.read_csv(folder / "geffect/steps.csv") if (folder / "geffect/steps.csv").exists() else None
         scores = pd.read_csv(folder / "scores.csv")
         assert of["forget_ps"].tolist() == pytest.approx(scores["forget_ps_exact"].tolist(), rel=1e-5)
@@ -190,14 +199,18 @@ def study_name(place: Path, folder: str) -> str:
     """What the study calls the run in that folder."""
     from app.reporting import find_runs
 
-    runs = [f"{place}/icml/tiny/{run.name}" for run in sorted((place / "icml/tiny").iterdir()) if (run / "scores.csv").exists()]
+    runs = [
+        f"{place}/icml/study/tiny/{run.name}"
+        for run in sorted((place / "icml/study/tiny").iterdir())
+        if (run / "scores.csv").exists()
+    ]
     return {run.folder.name: run.name for run in find_runs(runs)}[folder]
 
 
 def test_order_and_words(place: Path) -> None:
-    run = next((place / "icml/tiny").glob("npo_3e-05*"))
+    run = next((place / "icml/study/tiny").glob("npo_3e-05*"))
     run_in(place, f"python compute_geffect.py model_path_cur={run} sweep=[npo,wga] tokens=true instances=false save_dir=more")
-    runs = " ".join(str(folder.parent) for folder in (place / "icml/tiny").glob("*/scores.csv"))
+    runs = " ".join(str(folder.parent) for folder in (place / "icml/study/tiny").glob("*/scores.csv"))
     run_in(place, f"python study.py runs {runs} --out out2")
     few = run_in(place, "python study.py order more/geffect/sweep.csv --out out2", check=False)
     assert "2 objectives of the sweep were run" in few.stderr

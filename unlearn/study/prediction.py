@@ -27,7 +27,7 @@ def table(lines: DataFrame, ends: DataFrame) -> DataFrame:
         nats a token). What comes: forget_rise_end, retain_rise_end (loss at the end less loss there), forget_ps_end,
         retain_ps_end, forget_ps_stopped and price, those of `rates.stopped`. The last step is left out: nothing follows.
     """
-    found = lines.sort_values(["run", "step"]).reset_index(drop=True)
+    found = with_starts(lines.sort_values(["run", "step"]).reset_index(drop=True))
     of_run = found.groupby("run", sort=False)
     for risk in ("forget", "retain"):
         loss = found[f"{risk}_loss"]
@@ -40,6 +40,14 @@ def table(lines: DataFrame, ends: DataFrame) -> DataFrame:
     of_ends = ends.set_index("run")
     found["forget_ps_stopped"], found["price"] = (found["run"].map(of_ends[name]) for name in ("forget_ps", "price"))
     return found[found["step"] < of_run["step"].transform("max")]
+
+
+def with_starts(lines: DataFrame) -> DataFrame:
+    """The lines with step 0's G-effects also for runs that were not measured: those of the same objective at another rate."""
+    values = [name for name in ("e_u", "e_r", "cos_u", "cos_r") if name in lines]
+    start = lines["step"] == 0
+    of_objective = lines[start].groupby(["method", "hyper", "seed"], dropna=False)
+    return lines.assign(**{name: lines[name].fillna(of_objective[name].transform("first")) for name in values})
 
 
 def correlations(known: DataFrame) -> DataFrame:
