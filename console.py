@@ -45,6 +45,7 @@ def main() -> None:
     script = str(HOME / f"{name}.py")
     sys.argv = [script, *sys.argv[2:]]
     sys.path.insert(0, str(HOME))
+    sys.path.append(str(Path.cwd()))  # for a function of one's own that a YAML names
     runpy.run_path(script, run_name="__main__")
 
 

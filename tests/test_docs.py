@@ -71,7 +71,8 @@ def tree() -> set[str]:
 def commands() -> Iterator[list[str]]:
     """The words of every command on a page, from the script on; a sweep's with the first of its values."""
     for file in PAGES:
-        for block in re.findall(r"^```(?:bash)?\n(.*?)^```$", file.read_text(), re.DOTALL | re.MULTILINE):
+        blocks = re.findall(r"^```(.*?)\n(.*?)^```$", file.read_text(), re.DOTALL | re.MULTILINE)
+        for block in (text for language, text in blocks if language in ("", "bash")):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True) if line.startswith(("python ", "torchrun ")) else []
                 script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)

@@ -118,7 +118,12 @@ def on(batch: Batch, device: torch.device) -> Batch:
 
 def bar(of: Sequence[T], what: str) -> Iterable[T]:
     """Under a progress bar on standard error."""
-    return tqdm(of, desc=what, disable=not PartialState().is_main_process, leave=False)
+    return tqdm(of, desc=what, leave=False, **others_quiet())
+
+
+def others_quiet() -> dict[str, bool]:
+    """Settings of tqdm: none in the main process, where so TQDM_DISABLE=1 is heeded; the others have no bar."""
+    return {} if PartialState().is_main_process else {"disable": True}
 
 
 def progress(batches: Sequence[Batch], what: str, device: torch.device) -> Iterator[Batch]:

@@ -31,6 +31,7 @@ from unlearn.models.evaluating import evaluating, unwrap
 from unlearn.models.sharding import is_sharded
 from unlearn.objectives.rows import Row, collate, seconds
 from unlearn.objectives.tokens import IGNORE, head_at, token_outputs, widen
+from unlearn.passes.batches import others_quiet
 from unlearn.passes.sizes import Budget, Kind, Size, cut, each
 
 Prompt = tuple[int, ...]
@@ -252,7 +253,7 @@ def over_batches(
     mine = groups if together else groups[state.process_index :: state.num_processes]
     numbers = [i for group in mine for i in group]
     found: list[tuple[int, Any]] = []
-    with tqdm(total=len(numbers), desc=what, disable=not state.is_main_process, leave=False) as bar:
+    with tqdm(total=len(numbers), desc=what, leave=False, **others_quiet()) as bar:
         for batch, values in each(how.budget, kind, what, numbers, widths, planned, measure):
             found += zip(batch, values, strict=True)
             bar.update(len(batch))

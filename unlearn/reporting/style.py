@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from io import BytesIO
@@ -49,6 +50,8 @@ WIDE, NARROW = 6.9, 3.3  # inches: both columns of a page, and one
 
 
 DPI = 200
+
+logging.getLogger("fontTools").setLevel(logging.ERROR)  # a warning of the font's dates for each PDF, where others set up logs
 
 
 STYLE: Any = {  # matplotlib's parameters
