@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-USAGE = "study.py runs RUN [RUN ...] | predict | order SWEEP.csv | words RUN   --out FOLDER"
+USAGE = "study.py runs RUN [RUN ...] | predict | order SWEEP.csv | words RUN [RUN ...]   --out FOLDER"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("given", nargs="*", metavar="RUN", help="folders of unlearning runs; of order a sweep's table")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where tables and figures are")
     args = parser.parse_args(argv)
-    wanted = {"runs": args.given, "predict": not args.given, "order": len(args.given) == 1, "words": len(args.given) == 1}
+    wanted = {"runs": args.given, "predict": not args.given, "order": len(args.given) == 1, "words": args.given}
     if not wanted[args.part]:
         refuse(f"{args.part}: {len(args.given)} given")
     return args
@@ -49,7 +49,7 @@ def run(part: str, given: list[str], out: Path) -> None:
         case "order":
             studying.order(Path(given[0]), out)
         case _:
-            studying.tell_words(given[0], out)
+            studying.tell_words(given, out)
 
 
 def main(argv: list[str]) -> int:

@@ -75,15 +75,28 @@ def order(sweep: Path, out: Path) -> None:
     write_table(out, "order", ordering.compared(points, rates.stopped(lines)))
 
 
-def tell_words(folder: str, out: Path) -> None:
-    """words.csv: how well |e_u|, |e_r| of tokens, and objectives' weights, tell facts from the rest; tokens.csv of which."""
-    run = find_runs([folder])[0]
-    if (file := run.geffect("tokens.parquet")) is None:
-        raise ValueError(f"{folder}: no tokens.parquet; tokens=true of compute_geffect.py writes it")
-    table = report_tables.shares(report_tables.read(file)).rename(columns={"unlearn": "e_u", "retain": "e_r"})
-    table = with_weights(with_kinds(run, table))
-    write_table(out, "words", words.told_apart(table, ["e_u", "e_r", "loss", *WEIGHTED]))
+def tell_words(folders: Sequence[str], out: Path) -> None:
+    """words.csv: how well |e_u|, |e_r| of tokens, and objectives' weights, tell facts from the rest.
+
+    Args:
+        folders: of one run's G-effects at one step or more each.
+
+    Raises:
+        ValueError: a folder has no tokens.parquet, or the run's rows have no wrong answers.
+    """
+    found = find_runs(folders)
+    tables = [read_tokens(run) for run in found]
+    table = with_weights(with_kinds(found[0], pd.concat(tables, ignore_index=True)))
+    columns = [name for name in ("e_u", "e_r", "loss", *WEIGHTED) if name in table]
+    write_table(out, "words", words.told_apart(table, columns))
     draw(out, "words", figures.words, table)
+
+
+def read_tokens(run: Run) -> DataFrame:
+    """Columns step, row, position, token, loss, e_u, e_r."""
+    if (file := run.geffect("tokens.parquet")) is None:
+        raise ValueError(f"{run.folder}: no tokens.parquet; tokens=true of compute_geffect.py writes it")
+    return report_tables.shares(report_tables.read(file)).rename(columns={"unlearn": "e_u", "retain": "e_r"})
 
 
 def with_kinds(run: Run, table: DataFrame) -> DataFrame:
@@ -104,20 +117,26 @@ def with_kinds(run: Run, table: DataFrame) -> DataFrame:
 
 
 def with_weights(table: DataFrame) -> DataFrame:
-    """The tokens with each objective's weight, which is -M times the derivative by the token's loss; o_t is that of step 0."""
+    """The tokens with each objective's weight, -M times the derivative by the token's loss.
+
+    Left out where step 0, whose losses are the reference's, is not among them: those that look at the reference.
+    """
     import torch
     from hydra.utils import instantiate
 
     from app.compose import group
+    from unlearn.objectives.needs import needs_of
     from unlearn.objectives.tokens import Counts, Tokens
 
-    first = table[table["step"] == table["step"].min()][["row", "position", "loss"]].rename(columns={"loss": "ref"})
+    first = table[table["step"] == 0][["row", "position", "loss"]].rename(columns={"loss": "ref"})
     table = table.merge(first, on=["row", "position"], how="left")
     loss, ref = (torch.tensor(table[name].to_numpy(), dtype=torch.float64) for name in ("loss", "ref"))
     for name in WEIGHTED:
+        objective = instantiate(group("method", name)["objective"])
+        if "ref_nll" in needs_of(objective) and not len(first):
+            continue
         nll = loss.clone().requires_grad_()
         tokens = Tokens(nll=nll, row=torch.zeros(len(loss), dtype=torch.long), n_rows=1, logits=None, ref_nll=ref)  # type: ignore[arg-type]
-        objective = instantiate(group("method", name)["objective"])
         (gradient,) = torch.autograd.grad(objective(tokens, Counts(tokens=len(loss), rows=1)), nll)
         table[name] = (-len(loss) * gradient).numpy()
     return table
