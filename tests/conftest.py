@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
+from fcntl import LOCK_EX, flock
 from functools import wraps
 from itertools import takewhile
 from pathlib import Path
@@ -31,6 +34,12 @@ FIRST = ("test_demo.py", "test_training.py", "test_sharding.py", "test_sweeps.py
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """So that neither of the two processes is left with a long file at the end."""
     items.sort(key=lambda item: item.path.name not in FIRST)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: leave it out of every later collection."""
+    gc.collect()
+    gc.freeze()
 
 
 commands_on_cpu = False  # those of the test that is running
@@ -80,9 +89,17 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def young(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model after three epochs: enough for what does not depend on knowing anything."""
-    folder = tmp_path_factory.mktemp("young") / "model"
-    run_in(ROOT, f"python finetune.py model_family=tiny num_epochs=3 save_dir={folder}")
+    """A tiny model after three epochs: enough for what does not depend on knowing anything.
+
+    One for all workers, who have a copy each: what is measured of a model is written beside it.
+    """
+    base, folder = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("young") / "model"
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "young_of_all"
+    with shared.with_suffix(".lock").open("w") as lock:
+        flock(lock, LOCK_EX)
+        if not (shared / "model.safetensors").exists():  # written last
+            run_in(ROOT, f"python finetune.py model_family=tiny num_epochs=3 save_dir={shared}")
+    shutil.copytree(shared, folder)
     return folder
 
 
