@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-FIRST = ("test_demo.py", "test_training.py", "test_sharding.py", "test_sweeps.py")  # few tests, and long ones
+FIRST = ("demo", "training", "sharding", "sweeps", "interruptions", "rules", "robustness")  # the longest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """So that neither of the two processes is left with a long file at the end."""
-    items.sort(key=lambda item: item.path.name not in FIRST)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in FIRST)
 
 
 def pytest_collection_finish() -> None:
