@@ -28,10 +28,14 @@ for package in ("app", "unlearn"):
         importlib.import_module(module.name)
 
 from app.compose import given  # noqa: E402
+from app.families import load_families  # noqa: E402
 from unlearn.reporting.style import STYLE, mpl, new_figure  # noqa: E402
 
 for command in ("finetune", "forget", "forget_ge", "eval_tofu", "eval_everything"):
     given(command, ["model_family=tiny"])  # so that the parsers of settings have their tables
+for words in ("method=npo retain=kl", "method=wga retain=gd", "method=idk"):
+    given("forget", words.split())
+load_families()
 with mpl.rc_context(STYLE):
     for kind in ("pdf", "png"):
         new_figure(1).savefig(BytesIO(), format=kind)
