@@ -19,6 +19,8 @@ TINY = data/weight/ft_epoch40_lr0.001_tiny
 RUN = icml/tiny
 OF = _*_forget10_5_0.0_None
 RETAIN = retain_path=$(TINY)_retain90_wd0.0
+# Twice the longest true answer, in tokens: what has unlearned by ga would go on for 200.
+TOFU = $(BIN)/python tofu_evaluation.py generation.max_new_tokens=40 $(RETAIN)
 demo: setup
 	@mkdir -p $(RUN)
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 demo-report
@@ -34,7 +36,7 @@ demo-retain90:
 
 # From a method's name to its run, that run's scores and its G-effects.
 unlearned = $(BIN)/python basher1.py $(1) --model=tiny --setting=forget10 && \
-	$(BIN)/python tofu_evaluation.py model_path=$$(echo $(RUN)/$(1)$(OF)) $(RETAIN) && \
+	$(TOFU) model_path=$$(echo $(RUN)/$(1)$(OF)) && \
 	$(BIN)/python evaluation_everything.py model_path=$$(echo $(RUN)/$(1)$(OF)) $(RETAIN) && \
 	$(BIN)/python basher2.py $(1) --model=tiny --setting=forget10 tokens=true
 
@@ -43,7 +45,7 @@ demo-npo_kl: demo-full demo-retain90
 	$(call unlearned,npo_kl)
 
 demo-ga: demo-full demo-retain90
-	{ $(BIN)/python tofu_evaluation.py split=forget10 model_path=$(TINY)_full_wd0.0 $(RETAIN) && \
+	{ $(TOFU) split=forget10 model_path=$(TINY)_full_wd0.0 && \
 	$(call unlearned,ga); } > $(RUN)/ga.log 2>&1 || { cat $(RUN)/ga.log; exit 1; }
 
 demo-report: demo-npo_kl demo-ga
