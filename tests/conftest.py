@@ -80,14 +80,6 @@ def make_workplace(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny model is fine-tuned on `full` by its own defaults; what comes after finds it by itself."""
-    folder = make_workplace(tmp_path_factory.mktemp("house"))
-    run_in(folder, "python finetune.py model_family=tiny")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def young(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model after three epochs: enough for what does not depend on knowing anything.
 
