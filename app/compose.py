@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -50,8 +51,9 @@ def given(config_name: str, overrides: list[str] | None = None) -> Any:
     return parsed(COMMANDS[config_name], compose(config_name, overrides))
 
 
+@cache
 def group(name: str, choice: str, *overrides: str) -> dict[str, Any]:
-    """A group's YAML (of `GROUPS`)."""
+    """A group's YAML (of `GROUPS`); to be read only, for it is composed once."""
     found: dict[str, Any] = compose("forget", [f"{name}={choice}", *overrides])[name]
     return found
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -56,8 +59,15 @@ class Family:
 
 def load_families() -> dict[str, Any]:
     """The entries of model_config.yaml by name: a mapping each, or the name that an alias stands for."""
-    entries: Any = OmegaConf.to_container(OmegaConf.load(CONFIG / "model_config.yaml"))
+    file = CONFIG / "model_config.yaml"
+    entries: dict[str, Any] = deepcopy(_entries(file, file.read_bytes()))
     return entries
+
+
+@cache
+def _entries(file: Path, _: bytes) -> Any:
+    """Read once while it stays the same: the reader of YAML is slow."""
+    return OmegaConf.to_container(OmegaConf.load(file))
 
 
 def load_family(name: str, **overrides: Any) -> Family:

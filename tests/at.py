@@ -42,5 +42,7 @@ def watched(*args: Any, **kwargs: Any) -> Any:
 
 
 setattr(owner, attribute, watched)
+for module in [module for module in sys.modules.values() if vars(module).get(attribute) is function]:
+    setattr(module, attribute, watched)  # it was imported by its name before
 sys.argv = [script, *arguments]
 runpy.run_path(script, run_name="__main__")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
+from fcntl import LOCK_EX, flock
 from functools import wraps
 from itertools import takewhile
 from pathlib import Path
@@ -25,12 +28,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-FIRST = ("test_demo.py", "test_training.py", "test_sharding.py", "test_sweeps.py")  # few tests, and long ones
+FIRST = ("demo", "training", "sharding", "sweeps", "interruptions", "rules", "robustness")  # the longest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """So that neither of the two processes is left with a long file at the end."""
-    items.sort(key=lambda item: item.path.name not in FIRST)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in FIRST)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: leave it out of every later collection."""
+    gc.collect()
+    gc.freeze()
 
 
 commands_on_cpu = False  # those of the test that is running
@@ -71,18 +80,18 @@ def make_workplace(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny model is fine-tuned on `full` by its own defaults; what comes after finds it by itself."""
-    folder = make_workplace(tmp_path_factory.mktemp("house"))
-    run_in(folder, "python finetune.py model_family=tiny")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def young(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model after three epochs: enough for what does not depend on knowing anything."""
-    folder = tmp_path_factory.mktemp("young") / "model"
-    run_in(ROOT, f"python finetune.py model_family=tiny num_epochs=3 save_dir={folder}")
+    """A tiny model after three epochs: enough for what does not depend on knowing anything.
+
+    One for all workers, who have a copy each: what is measured of a model is written beside it.
+    """
+    base, folder = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("young") / "model"
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "young_of_all"
+    with shared.with_suffix(".lock").open("w") as lock:
+        flock(lock, LOCK_EX)
+        if not (shared / "model.safetensors").exists():  # written last
+            run_in(ROOT, f"python finetune.py model_family=tiny num_epochs=3 save_dir={shared}")
+    shutil.copytree(shared, folder)
     return folder
 
 

@@ -275,7 +275,7 @@ LEFT: dict[tuple[str, str, str], list[str]] = {  # the script started again, a f
 AGAIN = {
     "forget": "model_family=tiny model_path=whole split=forget05 num_epochs=1 save_dir=run",
     "compute_geffect": "model_path_cur=run",
-    "tofu_evaluation": "model_path=run ds_size=3",
+    "tofu_evaluation": "model_path=run ds_size=3 generation.max_new_tokens=9",
     "evaluation_everything": "model_path=run/checkpoint-1 retain_holdout=4 control=false",
 }
 

@@ -92,7 +92,7 @@ def test_a_sweep_goes_through_values(place: Path) -> None:
 def test_evaluation_under_torchrun(place: Path, script: str) -> None:
     """Two processes score each row as one does."""
     model = "data/weight/ft_epoch40_lr0.001_tiny_full_wd0.0"
-    more = "ds_size=6" if script == "tofu_evaluation" else "retain_holdout=6 control=false"
+    more = "ds_size=6 generation.max_new_tokens=24" if script == "tofu_evaluation" else "retain_holdout=6 control=false"
     for n in (1, 2):
         start = f"torchrun --nproc_per_node={n} --master_port=18767 {script}.py split=forget05 model_family=tiny"
         run_in(place, f"{start} model_path={model} save_dir=scores{n} dtype=float64 {more}")

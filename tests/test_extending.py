@@ -74,7 +74,7 @@ def test_a_third_benchmark_is_a_yaml_and_a_function(project: Path, kind: str) ->
     assert (scores["ps"]["unlearned"]["forget"]["rows"], scores["ps"]["unlearned"]["retain"]["rows"]) == (8, 4)
     assert scores["privacy"]["rows"] == {"forget": 8, "holdout": 4}
     if kind == "questions":
-        run_in(project, f"python tofu_evaluation.py model_path={run}/checkpoint-2")
+        run_in(project, f"python tofu_evaluation.py model_path={run}/checkpoint-2 generation.max_new_tokens=9")
         scores = json.loads((run / "checkpoint-2/eval_results/ds_size300/scores.json").read_text())
         assert (scores["tofu"]["forget"]["rows"], scores["tofu"]["retain"]["rows"]) == (8, 4)
     else:
@@ -128,11 +128,11 @@ def test_an_objective_with_two_answers_is_a_yaml_and_a_function(project: Path, y
     """Trained, measured in two ways, and swept beside another; its YAML does not repeat what it needs."""
     (project / "config/method/prefer.yaml").write_text(METHOD)
     (project / "toys.py").write_text(OBJECTIVE)
-    line = f"python basher1.py prefer_gd --model=tiny --setting=forget05 --hyper=2 model_path={young} num_epochs=1"
+    line = f"python basher1.py prefer_gd --model=tiny --setting=forget01 --hyper=2 model_path={young} num_epochs=4"
     run_in(project, line)
     [run] = (project / "icml/tiny").iterdir()
-    assert run.name == "prefer_gd_0.0008_forget05_1_0.0_2"
-    command = f"python compute_geffect.py model_path_cur={run} dtype=float64"
+    assert run.name == "prefer_gd_0.0008_forget01_4_0.0_2"
+    command = f"python compute_geffect.py model_path_cur={run} dtype=float64 retain_holdout=6"
     run_in(project, f"{command} sweep=[prefer:2,npo:0.5]")
     run_in(project, f"{command} instances=false save_dir=plain")
     one, other = (pd.read_csv(folder / "geffect/steps.csv") for folder in (run, project / "plain"))

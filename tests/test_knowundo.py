@@ -71,14 +71,14 @@ def test_the_whole_way(place: Path) -> None:
     run_in(place, f"python finetune.py {HERE} num_epochs=2 split=retention batch_size=2 save_dir=kept")
     [model] = (place / "data/weight").iterdir()
     assert model.name.endswith("_full_wd0.0_benchmark=knowundo")
-    line = f"python forget.py {HERE} split=privacy method=npo retain=kl model_path={model} num_epochs=2 save_steps=1"
+    line = f"python forget.py {HERE} split=privacy method=npo retain=kl model_path={model} num_epochs=1"
     run_in(place, f"{line} save_dir=run")
     run_in(place, "python compute_geffect.py model_path_cur=run")
     risks = pd.read_csv(place / "run/geffect/instances.csv").query("step == 0 and risk == 'retain'")
     assert len(risks) == ROWS["unlearn_train"] + 1
     run_in(place, "python evaluation_everything.py model_path=run retain_path=kept control=false")
     run_in(place, "python tofu_evaluation.py model_path=run retain_path=kept generation.max_new_tokens=4")
-    folder = place / "run/checkpoint-2/eval_results/ds_size300"
+    folder = place / "run/checkpoint-1/eval_results/ds_size300"
     found = json.loads((folder / "scores.json").read_text())
     sizes = {"forget": 16, "retain": 6, "forget_val": 4, "retain_train": 24}
     assert {name: of["rows"] for name, of in found["ps"]["unlearned"].items()} == sizes
@@ -86,10 +86,10 @@ def test_the_whole_way(place: Path) -> None:
     assert found["privacy"] == "not available: benchmark=knowundo has no rows that were never trained on"
     assert found["tofu"]["forget_quality"].startswith("not available: rows of benchmark=knowundo lack perturbed_answer")
     table = pd.read_csv(place / "run/scores.csv").set_index("step")
-    assert table.index.tolist() == [0, 1, 2]
+    assert table.index.tolist() == [0, 1]
     for name in sizes:
-        assert table.loc[2, f"{name}_ps_exact"] == found["ps"]["unlearned"][name]["ps_exact"]
-        assert table.loc[2, f"{name}_rouge"] == found["tofu"][name]["rouge"]
+        assert table.loc[1, f"{name}_ps_exact"] == found["ps"]["unlearned"][name]["ps_exact"]
+        assert table.loc[1, f"{name}_rouge"] == found["tofu"][name]["rouge"]
     statistics = pd.read_csv(folder / "aggregate_stat.csv")
     assert {"ROUGE Forget Val", "Prob. Retain Train", "ROUGE Forget"} <= set(statistics)
 

@@ -27,7 +27,10 @@ from unlearn.training.logs import Progress
 
 FORGET = [("Where was Ada born? ", "In Riga."), ("And Ben? ", "In Oslo, in 1954.")]
 KEEP = [("What is the capital of France? ", "Paris.")]
-RUN = "forget.py model_family=tiny split=forget05 method=npo retain=kl save_dir=run save_steps=2 model_path={young}"
+RUN = (
+    "forget.py model_family=tiny split=forget05 method=npo retain=kl save_dir=run save_steps=2 model_path={young}"
+    " retain_holdout=8"
+)
 
 
 def read(file: Path) -> pd.DataFrame:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.several_processes
 TORCHRUN = "torchrun --nproc_per_node=2 --master_port=18791"
 RUN = (
     "model_family=tiny split=forget05 dtype=float32 batch_size=2 num_epochs=2 method=npo retain=kl model_path={young}"
-    " save_dir=run"
+    " retain_holdout=8 save_dir=run"
 )
 
 

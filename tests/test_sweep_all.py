@@ -21,8 +21,9 @@ from hydra.utils import instantiate
 from test_geffect import BESIDE, FORGET, NOISE, assert_close, meter_of, random_rows, shared_pair, with_reference
 from torch import Tensor
 
-from app.compose import compose, group
+from app.compose import compose
 from app.methods import choices, retain_terms
+from app.places import CONFIG
 from unlearn import objectives
 from unlearn.geffect import sharing, tangents
 from unlearn.geffect.meter import Meter
@@ -162,7 +163,9 @@ def target_of(method: str, term: str) -> Target:
     return Target(loss, rows[forget], kept)
 
 
-NAMES = [(method, "default") for method in choices("method") if group("method", method).get("negate") is None]
+NAMES = [
+    (method, "default") for method in choices("method") if "\nnegate:" not in (CONFIG / f"method/{method}.yaml").read_text()
+]
 NAMES += [("npo", term) for term in retain_terms()]
 
 

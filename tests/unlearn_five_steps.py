@@ -32,6 +32,6 @@ for method in methods:
     overrides = [
         *("model_family=tiny", f"model_path={model}", f"save_dir={out}/{method}", *basher1.parse_method(name)),
         *(word.replace(":", "=") for word in own),
-        *("num_epochs=1", *how),
+        *("num_epochs=1", "retain_holdout=4", *how),
     ]
     forget.run(given("forget", overrides))
