@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-USAGE = "study.py runs RUN [RUN ...] | predict | order SWEEP.csv | words RUN [RUN ...]   --out FOLDER"
+USAGE = "study.py runs RUN [RUN ...] | predict | order SWEEP.csv [SWEEP.csv ...] | words RUN [RUN ...]   --out FOLDER"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("given", nargs="*", metavar="RUN", help="folders of unlearning runs; of order a sweep's table")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where tables and figures are")
     args = parser.parse_args(argv)
-    wanted = {"runs": args.given, "predict": not args.given, "order": len(args.given) == 1, "words": args.given}
+    wanted = {"runs": args.given, "predict": not args.given, "order": args.given, "words": args.given}
     if not wanted[args.part]:
         refuse(f"{args.part}: {len(args.given)} given")
     return args
@@ -47,7 +47,7 @@ def run(part: str, given: list[str], out: Path) -> None:
         case "predict":
             studying.predict(out)
         case "order":
-            studying.order(Path(given[0]), out)
+            studying.order(given, out)
         case _:
             studying.tell_words(given, out)
 

@@ -45,7 +45,7 @@ def read_table(folder: Path, name: str) -> DataFrame:
 
 
 def runs(folders: Sequence[str], out: Path) -> None:
-    """lines, rates, together, layers and depth as CSV, and the trajectories of each method at the rate where it does best."""
+    """Tables of the runs together, and the trajectories of each method at the rate where it does best."""
     found = find_runs(folders)
     lines = write_table(out, "lines", lines_of(found))
     stopped = write_table(out, "rates", rates.stopped(lines))
@@ -53,6 +53,9 @@ def runs(folders: Sequence[str], out: Path) -> None:
     draw(out, "trajectories", figures.trajectories, kept)
     if "e_u" in lines:
         write_table(out, "together", claims.together(lines))
+    if (foretold := report_tables.geffects(found, "prediction.csv")) is not None:
+        write_table(out, "foretold", foretold)
+        write_table(out, "one_step", claims.one_step(foretold))
     if (layers := layers_of(found)) is not None:
         write_table(out, "layers", layers)
         write_table(out, "depth", claims.by_depth(layers))
@@ -67,12 +70,12 @@ def predict(out: Path) -> None:
     draw(out, "prediction", figures.prediction, table)
 
 
-def order(sweep: Path, out: Path) -> None:
-    """order.csv: do the points of a sweep stand in the order of the runs that followed them?"""
-    lines = read_table(out, "lines")
-    points = report_tables.read(sweep)
-    write_table(out, "order_points", ordering.beside(points, rates.stopped(lines)))
-    write_table(out, "order", ordering.compared(points, rates.stopped(lines)))
+def order(sweeps: Sequence[str], out: Path) -> None:
+    """order.csv: do the points of sweeps, of one step or more each, stand in the order of the runs that followed them?"""
+    stopped = rates.stopped(read_table(out, "lines"))
+    points = pd.concat([report_tables.read(Path(sweep)) for sweep in sweeps], ignore_index=True)
+    write_table(out, "order_points", ordering.beside(points, stopped))
+    write_table(out, "order", ordering.compared(points, stopped))
 
 
 def tell_words(folders: Sequence[str], out: Path) -> None:

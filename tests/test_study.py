@@ -67,6 +67,13 @@ def test_e_r_that_falls_with_e_u() -> None:
     assert (found["keeps"] == table.groupby("run")["e_r"].agg(lambda values: (values >= 0).mean()).to_numpy()).all()
 
 
+def test_one_step() -> None:
+    table = pd.DataFrame({"risk": "unlearn", "minus_lr_geffect": [1.0, -1, 2, 0], "update_effect": [2.0, 1, 4, 0]})
+    found = claims.one_step(table.assign(risk_change=[1.0, 0.5, 3, 7])).set_index("predictor")
+    assert found.loc["update_effect"].tolist() == ["unlearn", 3, 1.0, 1.0, 0.5]
+    assert found.loc["minus_lr_geffect", ["signs", "rho"]].tolist() == [2 / 3, 1.0]
+
+
 def test_a_run_that_keeps_nothing_is_stopped_before_it_begins() -> None:
     table = lines(1)
     table.loc[1:, "retain_ps"] = 0.0

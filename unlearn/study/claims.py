@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
@@ -43,3 +44,24 @@ def by_depth(layers: DataFrame) -> DataFrame:
     sums = blocks.pivot_table(index=["run", "risk", "step"], columns="third", values="size", aggfunc="sum", sort=False)
     sums = sums.reindex(columns=list(THIRDS), fill_value=0.0)
     return sums.div(sums.sum(axis=1), axis=0).reset_index().rename_axis(columns=None)
+
+
+def one_step(foretold: DataFrame) -> DataFrame:
+    """How well the effect of a step says what the risk did.
+
+    Args:
+        foretold: columns risk, minus_lr_geffect, update_effect, risk_change (nats a token), a line a run and measured step.
+
+    Returns:
+        Columns risk, predictor, steps, signs (the share of steps at which it is right), rho (Spearman's, with the change) and
+        ratio (the median of change over prediction). Steps that changed no weight are left out.
+    """
+    found = []
+    moved = foretold[foretold["update_effect"] != 0]
+    for risk, table in moved.groupby("risk", sort=False):
+        change = table["risk_change"].to_numpy(dtype=float)
+        for name in ("minus_lr_geffect", "update_effect"):
+            said = table[name].to_numpy(dtype=float)
+            line = {"risk": risk, "predictor": name, "steps": len(table), "signs": float((said * change > 0).mean())}
+            found.append(line | {"rho": float(spearman(said[None], change[None])[0]), "ratio": float(np.median(change / said))})
+    return DataFrame(found)
