@@ -58,8 +58,8 @@ def correlations(known: DataFrame) -> DataFrame:
 
     Returns:
         Columns step, predictor, kind (G-effect or rival), outcome, runs, rho, low, high: rho and its 95% interval, by bootstrap
-        over runs (`RESAMPLES` draws from seed `SEED`). Left out: what fewer than `FEWEST` runs have, or values that are all the
-        same.
+        over runs (`RESAMPLES` draws from seed `SEED`). All predictors of a step are compared on the same runs, those that have
+        every one of them. Left out: outcomes of fewer than `FEWEST` of these, and values that are all the same.
 
     Raises:
         ValueError: there are fewer runs than `FEWEST`.
@@ -68,7 +68,9 @@ def correlations(known: DataFrame) -> DataFrame:
         raise ValueError(f"{runs} runs: a rank correlation is told of at least {FEWEST}")
     found = []
     for step, at in known.groupby("step"):
-        for predictor in (name for name in (*GEFFECT, *RIVALS) if name in at):
+        there = [name for name in (*GEFFECT, *RIVALS) if name in at and at[name].notna().any()]
+        at = at.dropna(subset=there)
+        for predictor in there:
             for outcome in OUTCOMES:
                 pair = at[[predictor, outcome]].dropna().to_numpy(dtype=float)
                 if len(pair) >= FEWEST and (pair != pair[0]).any(axis=0).all():
