@@ -45,11 +45,12 @@ def read_table(folder: Path, name: str) -> DataFrame:
 
 
 def runs(folders: Sequence[str], out: Path) -> None:
-    """Tables of the runs together, and the trajectories of each method at the rate where it does best."""
+    """Tables of the runs together; trajectories of each method's best run, of those whose G-effects were measured."""
     found = find_runs(folders)
     lines = write_table(out, "lines", lines_of(found))
     stopped = write_table(out, "rates", rates.stopped(lines))
-    kept = lines[lines["run"].isin(rates.best(stopped)["run"])]
+    measured = lines.dropna(subset=["e_u"])["run"] if "e_u" in lines else lines["run"]
+    kept = lines[lines["run"].isin(rates.best(stopped[stopped["run"].isin(measured)])["run"])]
     draw(out, "trajectories", figures.trajectories, kept)
     if "e_u" in lines:
         write_table(out, "together", claims.together(lines))

@@ -32,7 +32,7 @@ PANELS = {
     "retain_ps": "held-out retain PS",
 }
 FORETOLD = {"forget_rise_end": "forget loss still to rise", "retain_rise_end": "retain loss still to rise"}
-FORETOLD |= {"forget_ps_stopped": "forget PS at 90% of retain PS", "price": "retain loss at equal forgetting"}
+FORETOLD |= {"forget_ps_stopped": "forget PS where stopped", "price": "price"}
 
 
 def trajectories(lines: DataFrame) -> Figure | None:
@@ -41,13 +41,14 @@ def trajectories(lines: DataFrame) -> Figure | None:
     if "e_u" not in there:
         return None
     figure = new_figure(7.0)
-    looks = dict(zip(lines["run"].unique(), cycle((c, m) for m in SHAPES for c in PALETTE), strict=False))
+    styles = ((colour, *way) for way in zip(SHAPES, cycle(("-", "--", ":")), strict=False) for colour in PALETTE)
+    looks = dict(zip(lines["run"].unique(), cycle(styles), strict=False))
     names = _labels(lines)
     for axes, name in zip(figure.subplots(3, 2).flat, there, strict=False):
         for run, line in lines.groupby("run", sort=False):
-            colour, mark = looks[run]
+            colour, mark, way = looks[run]
             line = line.dropna(subset=[name])
-            axes.plot(line["step"], line[name], color=colour, marker=mark, markersize=2.5, linewidth=0.9, label=names[run])
+            axes.plot(line["step"], line[name], way, color=colour, marker=mark, markersize=2.5, linewidth=0.9, label=names[run])
         if name.startswith("e_"):
             fit_scale(axes.yaxis, lines[name].dropna())
         if not name.endswith("ps"):
