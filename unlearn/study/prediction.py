@@ -23,9 +23,9 @@ def table(lines: DataFrame, ends: DataFrame) -> DataFrame:
         ends: that of `rates.stopped` of it.
 
     Returns:
-        `lines` and, known at the step: lr_e_u, lr_e_r (lr times e), forget_rise, retain_rise (loss there less loss at step 0,
-        nats a token). What comes: forget_rise_end, retain_rise_end (loss at the end less loss there), forget_ps_end,
-        retain_ps_end, forget_ps_stopped and price, those of `rates.stopped`. The last step is left out: nothing follows.
+        `lines` and, known at the step, lr_e_u, lr_e_r (lr times e), forget_rise, retain_rise (loss there less loss at step 0,
+        nats a token). What comes is in forget_rise_end, retain_rise_end (loss at the end less loss there), forget_ps_end,
+        retain_ps_end, forget_ps_stopped and price, those of `rates.stopped`. The last step is left out, as nothing follows.
     """
     found = with_starts(lines.sort_values(["run", "step"]).reset_index(drop=True))
     of_run = found.groupby("run", sort=False)
@@ -57,7 +57,7 @@ def correlations(known: DataFrame) -> DataFrame:
         known: a table of `table`.
 
     Returns:
-        Columns step, predictor, kind (G-effect or rival), outcome, runs, rho, low, high: rho and its 95% interval, by bootstrap
+        Columns step, predictor, kind (G-effect or rival), outcome, runs, rho, and low and high, its 95% interval by bootstrap
         over runs (`RESAMPLES` draws from seed `SEED`). All predictors of a step are compared on the same runs, those that have
         every one of them. Left out: outcomes of fewer than `FEWEST` of these, and values that are all the same.
 

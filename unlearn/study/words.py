@@ -22,9 +22,9 @@ def kinds(tokens: Sequence[str], question: str, paraphrase: str, wrong: Sequence
     """What each token of an answer is part of.
 
     Returns:
-        fact: a word that no wrong answer has and the paraphrase has too, so that it is neither of the sentence's frame nor this
-        answer's own way to say it, and that the question does not give away. own: a word that neither the wrong answers nor the
-        paraphrase have. rest: all others, and what is no word.
+        One of three a token. FACT is a word that no wrong answer has and the paraphrase has too, so that it is neither of the
+        sentence's frame nor this answer's own way to say it, and that the question does not give away; OWN a word that neither
+        the wrong answers nor the paraphrase have; REST all others, and what is no word.
     """
     there, said, given = words(paraphrase), set().union(*map(words, wrong)), words(question)
     found = []
