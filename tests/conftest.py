@@ -28,11 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-FIRST = ("demo", "training", "sharding", "sweeps", "interruptions", "rules", "robustness")  # the longest
+FIRST = ("demo", "training", "sharding", "sweeps", "interruptions", "rules", "robustness", "extending", "tutorial", "lm_eval")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """So that neither of the two processes is left with a long file at the end."""
+    """The longest files first, so that neither of the two processes is left with one at the end."""
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in FIRST)
 
 
