@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from app.data import set_with_perturbed, unlearning_sets
-from app.reporting import data_in, find_runs
+from app.data import set_with_perturbed
+from app.reporting import data_in, find_runs, record_in
 from unlearn.io.files import write_whole
 from unlearn.reporting import report_tables, style
 from unlearn.reporting.report_tables import Run
 from unlearn.study import claims, figures, ordering, prediction, rates, words
-from unlearn.study.runs import layers_of, lines_of
+from unlearn.study.runs import lines_of
 
 WEIGHTED = ("wga", "tnpo", "satimp")  # whose weights of tokens are compared with their G-effects
 DIGITS = "%.6g"
@@ -57,7 +56,7 @@ def runs(folders: Sequence[str], out: Path) -> None:
     if (foretold := report_tables.geffects(found, "prediction.csv")) is not None:
         write_table(out, "foretold", foretold)
         write_table(out, "one_step", claims.one_step(foretold))
-    if (layers := layers_of(found)) is not None:
+    if (layers := report_tables.layers(found)) is not None:
         write_table(out, "layers", layers)
         write_table(out, "depth", claims.by_depth(layers))
         draw(out, "layers", figures.layers, layers.merge(kept[["run", "method"]].drop_duplicates(), on="run"))
@@ -105,9 +104,9 @@ def read_tokens(run: Run) -> DataFrame:
 
 def with_kinds(run: Run, table: DataFrame) -> DataFrame:
     """The tokens with their `kind`. Raises ValueError where the run's rows have no wrong answers."""
-    settings = nested(run.record)
+    settings = record_in(run.folder)["settings"]
     data, split = data_in(settings), settings["split"]
-    rows = [row for name in unlearning_sets(data, split)[:1] for row in data.rows(name)]
+    rows = [row for name in data.benchmark.unlearn[split].forget for row in data.rows(name)]
     beside = set_with_perturbed(data, split, "forget", rows)
     if not all({"perturbed_answer", "paraphrased_answer"} <= row.keys() for row in beside):
         raise ValueError(f"{run.folder}: the rows of {split} have no perturbed and paraphrased answers, which tell facts apart")
@@ -144,15 +143,3 @@ def with_weights(table: DataFrame) -> DataFrame:
         (gradient,) = torch.autograd.grad(objective(tokens, Counts(tokens=len(loss), rows=1)), nll)
         table[name] = (-len(loss) * gradient).numpy()
     return table
-
-
-def nested(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings by dotted keys as groups in groups again."""
-    found: dict[str, Any] = {}
-    for key, value in record.items():
-        *parents, last = key.split(".")
-        there = found
-        for parent in parents:
-            there = there.setdefault(parent, {})
-        there[last] = value
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from pandas import DataFrame
 
-from unlearn.study.prediction import FEWEST, interval
+from unlearn.study.prediction import FEWEST, related
 
 POINT = ("e_u", "e_r", "ratio", "cos_u", "cos_r")
 OUTCOME = ("forget_ps", "forget_ps_end", "retain_ps_end", "price")
@@ -52,8 +52,6 @@ def compared(points: DataFrame, ends: DataFrame) -> DataFrame:
     for step, at in table.groupby("step"):
         for name in (name for name in POINT if name in at):
             for outcome in OUTCOME:
-                pair = at[[name, outcome]].dropna().to_numpy(dtype=float)
-                if len(pair) >= FEWEST:
-                    line = {"step": step, "predictor": name, "outcome": outcome, "runs": len(pair)}
-                    found.append(line | interval(pair[:, 0], pair[:, 1]))
+                if (told := related(at, name, outcome)) is not None:
+                    found.append({"step": step, "predictor": name, "outcome": outcome} | told)
     return DataFrame(found)

@@ -72,12 +72,18 @@ def correlations(known: DataFrame) -> DataFrame:
         at = at.dropna(subset=there)
         for predictor in there:
             for outcome in OUTCOMES:
-                pair = at[[predictor, outcome]].dropna().to_numpy(dtype=float)
-                if len(pair) >= FEWEST and (pair != pair[0]).any(axis=0).all():
+                if (told := related(at, predictor, outcome)) is not None:
                     kind = "G-effect" if predictor in GEFFECT else "rival"
-                    line = {"step": step, "predictor": predictor, "kind": kind, "outcome": outcome, "runs": len(pair)}
-                    found.append(line | interval(pair[:, 0], pair[:, 1]))
+                    found.append({"step": step, "predictor": predictor, "kind": kind, "outcome": outcome} | told)
     return DataFrame(found)
+
+
+def related(at: DataFrame, predictor: str, outcome: str) -> dict[str, float] | None:
+    """runs, rho, low, high of the lines that have both; None for fewer than `FEWEST`, or where either is all the same."""
+    pair = at[[predictor, outcome]].dropna().to_numpy(dtype=float)
+    if len(pair) < FEWEST or not (pair != pair[0]).any(axis=0).all():
+        return None
+    return {"runs": len(pair)} | interval(pair[:, 0], pair[:, 1])
 
 
 def interval(x: Array, y: Array) -> dict[str, float]:

@@ -106,8 +106,3 @@ def logged(run: Run, steps: Sequence[int]) -> DataFrame | None:
         last = log.loc[before, "loss"]
         lines.append({"step": step, "lr_norm": moved[before].sum(), "loss": last.iloc[-1] if len(last) else None})
     return DataFrame(lines).astype(float).astype({"step": int})
-
-
-def layers_of(runs: Sequence[Run]) -> DataFrame | None:
-    """Columns run, risk, layer, step, geffect; None where no run has layers."""
-    return report_tables.layers(runs)
