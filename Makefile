@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup demo demo-full demo-retain90 demo-npo_kl demo-ga demo-report study plan test check format docs links clean
+.PHONY: setup demo demo-full demo-retain90 demo-npo_kl demo-ga demo-report study study-runs study-sweeps study-attacks plan test check format docs links clean
 
 setup: .venv/ready
 
@@ -51,14 +51,31 @@ demo-ga: demo-full demo-retain90
 demo-report: demo-npo_kl demo-ga
 	$(BIN)/python report.py $(RUN)/ga$(OF) $(RUN)/npo_kl$(OF) --out $(RUN)/report.html
 
-# The runs of docs/results/study.md and its tables, of any family: make study SETTINGS="model_path=FULL data_path=DATA". What is
-# finished is not run again.
+# docs/results/study.md of any family, or its parts one by one: make study SETTINGS="model_path=FULL data_path=DATA"
+# RETAIN_MODEL=MODEL. What is finished is not run again. Attacks are of the runs of seed 1, sweeps and tokens of one of npo's.
 STUDY = icml/study
-study: setup
-	for experiment in trajectories layers rates retain seeds; do \
+LAYERS = 5 15 28
+COMMA = ,
+study: study-runs study-attacks study-sweeps
+
+study-runs: setup
+	for experiment in trajectories rates hyper retain seeds "layers method.layer=$(subst $() ,$(COMMA),$(LAYERS))"; do \
 		$(BIN)/python forget.py -m +experiment=$$experiment $(SETTINGS) output_dir=$(STUDY) || exit 1; done
-	$(BIN)/python study.py runs $(STUDY)/*/*_forget01_* --out $(STUDY)
+	$(BIN)/python study.py runs $$(dirname $(STUDY)/*/*/scores.csv) --out $(STUDY)
 	$(BIN)/python study.py predict --out $(STUDY)
+
+study-attacks: setup
+	for run in $(STUDY)/*/*_seed=1; do \
+		$(BIN)/python robustness.py model_path=$$run attacks=[relearn,quantize] $(RETAIN_MODEL:%=retain_path=%) || exit 1; \
+		$(BIN)/python evaluation_everything.py model_path=$$run || exit 1; done
+	$(BIN)/python study.py runs $(STUDY)/*/*_seed=1 --out $(STUDY)
+
+SWEEP = ga wga npo tnpo idk simnpo undial satimp dpo $(LAYERS:%=rmu_%) wga:1 wga:0.25 npo:0.1 npo:2 tnpo:1 simnpo:1
+study-sweeps: setup
+	$(BIN)/python forget.py +experiment=rates method=npo lr=3e-5 save_steps=10 $(SETTINGS) save_dir=$(STUDY)/npo
+	$(BIN)/python compute_geffect.py model_path_cur=$(STUDY)/npo tokens=true sweep=[$(subst $() ,$(COMMA),$(strip $(SWEEP)))]
+	$(BIN)/python study.py order $(STUDY)/npo/geffect/sweep.csv --out $(STUDY)
+	$(BIN)/python study.py words $(STUDY)/npo --out $(STUDY)
 
 # What a family needs of memory and disk: make plan FAMILY=llama2-7b GPUS=8 SETTINGS="parallel=fsdp plan_for=gpu".
 FAMILY ?= llama2-7b

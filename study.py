@@ -1,6 +1,6 @@
 """What many runs say together: the rate each method is compared at, what the G-effect foretells, whose tokens it is.
 
-    python study.py runs icml/smollm2-135m/* --out docs/results/study     lines, rates, trajectories, layers
+    python study.py runs icml/smollm2-135m/* --out docs/results/study     lines, rates, seeds, attacks: added to what is there
     python study.py predict --out docs/results/study                      rank correlations, of the lines
     python study.py order RUN/geffect/sweep.csv --out docs/results/study  a sweep's points beside the finished runs
     python study.py words RUN --out docs/results/study                    tokens: facts and the rest

@@ -56,7 +56,21 @@ def use_bfloat16(dtype: str, of_family: str | None) -> bool:
     dtype = (of_family or "auto") if dtype == "auto" else dtype
     if dtype != "auto":
         return dtype == "bfloat16"
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 or V100 only emulates it, many times slower
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def precision_of(dtype: str, of_family: str | None) -> str:
+    """What is computed in: float64, bfloat16 (autocast) or float32."""
+    return dtype if dtype == "float64" else "bfloat16" if use_bfloat16(dtype, of_family) else "float32"
+
+
+def device_name() -> str:
+    """The GPU's name; of a CPU the widest instructions that PyTorch uses on it."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def be_deterministic(wanted: bool) -> None:

@@ -21,7 +21,7 @@ from app.places import IDK, find_path
 from app.settings import Common, Finetune, Forget, GEffects, Training
 from unlearn.io.files import locked, remove_whole, write_whole
 from unlearn.io.weights import TOKENIZER, fingerprint, hash_file, is_checkpoint, lacks_tokenizer, weights_of
-from utils import is_main_process, processes, versions
+from utils import device_name, is_main_process, precision_of, processes, versions
 
 # What a run is made of beside its settings, by its kind and name: {"data": {set: hash}, "models": {key: hash}}.
 MadeOf = Mapping[str, Mapping[str, str]]
@@ -130,10 +130,16 @@ def run_settings(settings: Common) -> dict[str, Any]:
 
 
 def record_of(settings: Common, made_of: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a result came from: all settings, their hash, the data's and models' hashes, and the versions of what it ran on."""
+    """What a result came from: all settings, their hash, the data's and models' hashes, and what it ran on, and in what."""
     chosen = run_settings(settings)
     digest = hash_text(json.dumps(chosen, sort_keys=True, default=str))[:12]
-    return {"settings": chosen, "hash": digest, **(made_of or {}), "versions": versions()}
+    ran = {"versions": versions(), "device": device_name(), "precision": precision(settings)}
+    return {"settings": chosen, "hash": digest, **(made_of or {}), **ran}
+
+
+def precision(settings: Common) -> str:
+    """What `dtype` means for the family, on this device."""
+    return precision_of(getattr(settings, "dtype"), load_family(settings.model_family).dtype)  # noqa: B009
 
 
 def open_run(folder: Path, settings: Common, made_of: MadeOf | None = None) -> None:
@@ -176,6 +182,9 @@ def check_run(folder: Path, settings: Common, made_of: MadeOf | None = None, nam
     before, now = flatten(there), flatten(run_settings(settings))
     may_differ = marked(type(settings), "may_differ") | ({"processes"} if not isinstance(settings, Training) else set())
     before = NOT_NOTED | before
+    if isinstance(settings, Training) and "precision" in record:
+        check_precision(folder, record["precision"], precision(settings))
+        may_differ |= {"dtype"}
     differ = [key for key in now if key not in may_differ and before.get(key, now[key]) != now[key]]
     if differ:
         listed = "; ".join(f"{key}={before.get(key)} there, {now[key]} here" for key in differ)
@@ -186,6 +195,13 @@ def check_run(folder: Path, settings: Common, made_of: MadeOf | None = None, nam
         if changed := [name for name, value in found.items() if noted.get(name, value) != value]:
             listed = ", ".join(place_of(settings, name) for name in changed)
             raise ValueError(f"{folder} holds a run of other {kind}: {listed}: is not what it was; give save_dir=FOLDER")
+
+
+def check_precision(folder: Path, there: str, here: str) -> None:
+    """Raises ValueError where a run was begun in another precision, as dtype=auto is another on another device."""
+    if there != here:
+        way = f"dtype={there} save_dir={folder} goes on as it was"
+        raise ValueError(f"{folder} holds a run that was begun in {there}, and this would be in {here}: {way}")
 
 
 def place_of(settings: Common, name: str) -> str:

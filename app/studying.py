@@ -16,10 +16,11 @@ from unlearn.io.files import write_whole
 from unlearn.reporting import report_tables, style
 from unlearn.reporting.report_tables import Run
 from unlearn.study import claims, figures, ordering, prediction, rates, words
-from unlearn.study.runs import lines_of
+from unlearn.study.runs import RUN, check_alike, lines_of, named
 
 WEIGHTED = ("wga", "tnpo", "satimp")  # whose weights of tokens are compared with their G-effects
 DIGITS = "%.6g"
+TEXTS = {"layer": str, "setting": str}  # columns that may look like numbers
 
 
 def write_table(out: Path, name: str, table: DataFrame) -> DataFrame:
@@ -27,6 +28,25 @@ def write_table(out: Path, name: str, table: DataFrame) -> DataFrame:
     write_whole(out / f"{name}.csv", table.to_csv(index=False, lineterminator="\n", float_format=DIGITS))
     print(out / f"{name}.csv")
     return table
+
+
+def beside(out: Path, name: str, runs: Sequence[Run], table: DataFrame | None) -> DataFrame:
+    """These runs' lines and those of other runs that the table in `out` has, by run; nothing where there is neither."""
+    table = DataFrame(columns=["run"]) if table is None else table
+    if (file := out / f"{name}.csv").exists():
+        there = pd.read_csv(file, dtype=TEXTS)
+        others = there[~there["run"].isin([run.name for run in runs])]
+        table = pd.concat([others, table], ignore_index=True) if len(table) else others
+    return table.sort_values("run", kind="stable")
+
+
+def add_to(out: Path, name: str, runs: Sequence[Run], table: DataFrame | None) -> DataFrame:
+    """The table `beside`, written and read back, so that what is made of it does not depend on which runs were added when."""
+    found = beside(out, name, runs, table)
+    if not len(found):
+        return found
+    write_table(out, name, found)
+    return pd.read_csv(out / f"{name}.csv", dtype=TEXTS)
 
 
 def draw(out: Path, name: str, drawing: Callable[[DataFrame], Figure | None], table: DataFrame) -> None:
@@ -44,20 +64,38 @@ def read_table(folder: Path, name: str) -> DataFrame:
 
 
 def runs(folders: Sequence[str], out: Path) -> None:
-    """Tables of the runs together; trajectories of each method's best run, of those whose G-effects were measured."""
-    found = find_runs(folders)
-    lines = write_table(out, "lines", lines_of(found))
+    """Tables of these runs and those that `out` has; trajectories of each method's best, of those with G-effects.
+
+    Raises:
+        ValueError: a folder is no run's, two runs differ in nothing that a study tells apart, or all are not of one family,
+            split and precision.
+    """
+    found = named(find_runs(folders))
+    given = lines_of(found)
+    check_alike(beside(out, "lines", found, given))
+    lines = add_to(out, "lines", found, given)
     stopped = write_table(out, "rates", rates.stopped(lines))
+    draw(out, "seeds", figures.seeds, write_table(out, "seeds", rates.over_seeds(stopped, fewest=2)))
+    write_claims(found, out, lines)
+    draw_geffects(found, out, lines, stopped)
+    add_to(out, "fair", found, report_tables.control(found)[1])
+    if len(attacks := add_to(out, "attacks", found, report_tables.attacks(found))):
+        draw(out, "attacks", figures.attacks, lines[RUN].drop_duplicates().merge(attacks, on="run"))
+
+
+def write_claims(found: Sequence[Run], out: Path, lines: DataFrame) -> None:
+    if "e_u" in lines:
+        write_table(out, "together", claims.together(lines))
+    if len(foretold := add_to(out, "foretold", found, report_tables.geffects(found, "prediction.csv"))):
+        write_table(out, "one_step", claims.one_step(foretold))
+
+
+def draw_geffects(found: Sequence[Run], out: Path, lines: DataFrame, stopped: DataFrame) -> None:
+    """Trajectories and layers of each method's best run, of those whose G-effects were measured."""
     measured = lines.dropna(subset=["e_u"])["run"] if "e_u" in lines else lines["run"]
     kept = lines[lines["run"].isin(rates.best(stopped[stopped["run"].isin(measured)])["run"])]
     draw(out, "trajectories", figures.trajectories, kept)
-    if "e_u" in lines:
-        write_table(out, "together", claims.together(lines))
-    if (foretold := report_tables.geffects(found, "prediction.csv")) is not None:
-        write_table(out, "foretold", foretold)
-        write_table(out, "one_step", claims.one_step(foretold))
-    if (layers := report_tables.layers(found)) is not None:
-        write_table(out, "layers", layers)
+    if len(layers := add_to(out, "layers", found, report_tables.layers(found))):
         write_table(out, "depth", claims.by_depth(layers))
         draw(out, "layers", figures.layers, layers.merge(kept[["run", "method"]].drop_duplicates(), on="run"))
 

@@ -243,7 +243,7 @@ def test_one_checkpoint_as_the_run_has_it(place: Path, tmp_path: Path) -> None:
     expected = expected[expected["step"] == 5].reset_index(drop=True)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
     record = yaml.safe_load((tmp_path / "geffect/config.yaml").read_text())
-    assert set(record) == {"settings", "hash", "data", "models", "versions"}
+    assert set(record) == {"settings", "hash", "data", "models", "versions", "device", "precision"}
     assert record["settings"]["method"]["name"] == "npo"
 
 

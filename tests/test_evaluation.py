@@ -145,7 +145,7 @@ def test_tofus_files(by_path: Path) -> None:
     assert 0 < found["tofu"]["forget_quality"]["D"] <= 1
     assert found["definitions"]["truth_ratio"] == "geometric, epsilon 0"
     record = found["from"]["tofu_evaluation"]
-    assert set(record) == {"settings", "hash", "versions", "weights", "data", "tokenizer"}
+    assert set(record) == {"settings", "hash", "versions", "device", "precision", "weights", "data", "tokenizer"}
     assert (record["settings"]["split"], record["settings"]["model_family"]) == ("forget10", "tiny")
     assert yaml.safe_load((by_path / "tofu_evaluation.yaml").read_text()) == record | {"finished": True}
     assert not (by_path / "resume").exists()
@@ -389,7 +389,16 @@ def test_everythings_tables(everything: Path) -> None:
     )
     assert found["privacy"]["auc"]["loss"] == np.mean([(b > a) + (a == b) / 2 for a in members for b in others])
     assert isinstance(found["privacy"]["privleak"], float)
-    assert set(found["from"]["evaluation_everything"]) == {"settings", "hash", "versions", "weights", "data", "tokenizer"}
+    assert set(found["from"]["evaluation_everything"]) == {
+        "settings",
+        "hash",
+        "versions",
+        "device",
+        "precision",
+        "weights",
+        "data",
+        "tokenizer",
+    }
     assert "ps_exact" in found["definitions"]
 
 

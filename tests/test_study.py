@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,12 @@ from conftest import ROOT, make_workplace, run_in
 from scipy.stats import spearmanr
 
 import study
+from app import studying
+from app.compose import given
+from app.measuring import entries
+from app.reporting import find_runs
 from unlearn.study import claims, ordering, prediction, rates, words
+from unlearn.study.runs import named
 
 
 def lines(runs: int = 8, steps: int = 4, seed: int = 0) -> pd.DataFrame:
@@ -50,6 +58,18 @@ def test_the_price_is_what_keeping_costs_at_equal_forgetting() -> None:
     assert rates.price(table) == pytest.approx(0.1 + 0.5 * 0.4, rel=1e-12)  # at a forget loss of 0.6
     assert rates.price(table.sample(frac=1, random_state=0)) == rates.price(table)
     assert np.isnan(rates.price(table, rise=1.0))
+
+
+def test_means_and_deviations_over_seeds() -> None:
+    ends = rates.stopped(lines(6)).assign(method="m", lr=[1e-5, 3e-5, 3e-5, 3e-5, 3e-5, 3e-5], hyper=[np.nan] * 4 + [2.0] * 2)
+    found = rates.over_seeds(ends, fewest=2).set_index("hyper")
+    assert found["seeds"].tolist() == [2, 3]
+    for hyper, of in {np.nan: ends[1:4], 2.0: ends[4:]}.items():
+        line = found[found.index.isna()].iloc[0] if np.isnan(hyper) else found.loc[hyper]
+        for name in rates.ENDS:
+            assert line[name] == pytest.approx(np.mean(of[name]), rel=1e-12, nan_ok=True)
+            assert line[f"{name}_sd"] == pytest.approx(np.std(of[name], ddof=1), rel=1e-12, nan_ok=True)
+    assert len(rates.over_seeds(ends)) == 3
 
 
 def test_depth_adds_up_by_thirds() -> None:
@@ -164,6 +184,19 @@ def test_told_apart() -> None:
     assert (line["auc"], line["facts"], line["rest"], line["share"]) == (3.5 / 4, 2, 2, 5 / 8)
 
 
+def test_the_commands_of_make_study_fit() -> None:
+    told = ["make", "-n", "study", "SETTINGS=model_path=FULL data_path=DATA", "RETAIN_MODEL=MODEL"]
+    text = subprocess.run(told, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    of_commands = {"compute_geffect": "forget_ge", "robustness": "robustness", "evaluation_everything": "eval_everything"}
+    for script, config in of_commands.items():
+        (words,) = re.findall(rf"{script}\.py (.*?)(?: \|\||$)", text, re.MULTILINE)
+        settings = given(config, words.split())
+        if config == "forget_ge":
+            assert {"ga", "rmu_5", "npo:0.1"} < set(entries(settings))
+    for experiment in re.findall(r"[a-z]+", re.findall(r"for experiment in (.*?) method", text)[0].replace('"', "")):
+        assert (ROOT / f"config/experiment/{experiment}.yaml").exists()
+
+
 # ---- real runs ----
 
 
@@ -204,14 +237,34 @@ def test_the_studys_commands(place: Path) -> None:
 
 def study_name(place: Path, folder: str) -> str:
     """What the study calls the run in that folder."""
-    from app.reporting import find_runs
+    return named(find_runs([f"{place}/icml/study/tiny/{folder}"]))[0].name
 
-    runs = [
-        f"{place}/icml/study/tiny/{run.name}"
-        for run in sorted((place / "icml/study/tiny").iterdir())
-        if (run / "scores.csv").exists()
-    ]
-    return {run.folder.name: run.name for run in find_runs(runs)}[folder]
+
+def test_runs_are_added_one_after_another(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studying, "draw", lambda *_: None)
+    runs = sorted(str(file.parent) for file in (place / "icml/study/tiny").glob("*/scores.csv"))
+    studying.runs(runs, place / "at_once")
+    for run in reversed([*runs, runs[0]]):
+        studying.runs([run], place / "in_turn")
+    for file in (place / "at_once").glob("*.csv"):
+        assert file.read_text() == (place / "in_turn" / file.name).read_text()
+    assert set(pd.read_csv(place / "in_turn/lines.csv").value_counts("run")) == {2}
+
+
+def test_a_study_is_of_one_split(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(place / "icml", place / "others")
+    run = next((place / "others/study/tiny").glob("npo_3e-05*"))
+    for file in run.rglob("config.yaml"):
+        file.write_text(file.read_text().replace("split: forget10", "split: forget05"))
+    first = next((place / "icml/study/tiny").glob("wga_3e-05*"))
+    monkeypatch.setattr(studying, "draw", lambda *_: None)
+    studying.runs([str(first)], place / "of_one")
+    before = (place / "of_one/lines.csv").read_text()
+    with pytest.raises(ValueError, match="runs of forget05 and forget10: a study is of one split; give another --out"):
+        studying.runs([str(run)], place / "of_one")
+    assert (place / "of_one/lines.csv").read_text() == before
+    with pytest.raises(ValueError, match="both are 'wga, lr=3e-05, epochs=1, seed=42'"):
+        studying.runs([str(first), f"{place}/others/study/tiny/{first.name}"], place / "of_one")
 
 
 def test_order_and_words(place: Path) -> None:

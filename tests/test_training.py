@@ -6,10 +6,12 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, run_in
 from safetensors.torch import load_file
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
@@ -19,12 +21,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import forget
 from app.compose import given
-from app.runs import suffix
+from app.runs import check_run, open_run, read_record, suffix
 from dataloader import StepBatches
 from unlearn.objectives.functions import rmu
 from unlearn.objectives.loss import Loss
 from unlearn.training.trainer import StepTrainer, freeze_unreached
-from utils import REPEATABLE, be_deterministic
+from utils import REPEATABLE, be_deterministic, device_name, use_bfloat16
 
 pytestmark = pytest.mark.several_processes
 METHODS = ["finetune", "ga", "rmu_2", "npo_kl"]
@@ -189,6 +191,36 @@ def test_deterministic_training_and_measuring(young: Path, tmp_path: Path, monke
     finally:
         be_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("major", "has"), [(7, False), (8, True)])
+def test_bfloat16_is_not_what_a_gpu_only_emulates(major: int, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = SimpleNamespace(major=major)
+    for name, value in {"is_available": True, "current_device": 0, "get_device_properties": of}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert use_bfloat16("auto", None) is has
+    assert use_bfloat16("bfloat16", None)
+    assert not use_bfloat16("auto", "float32")
+
+
+def test_a_run_goes_on_in_its_own_precision_alone(tmp_path: Path) -> None:
+    own = ["model_family=tiny", "method=ga", f"save_dir={tmp_path}"]
+    settings = {dtype: given("forget", [*own, f"dtype={dtype}"]) for dtype in ("auto", "float32", "bfloat16")}
+    open_run(tmp_path, settings["bfloat16"])
+    (tmp_path / "scores.csv").touch()
+    note = read_record(tmp_path / "config.yaml")
+    assert (note["precision"], note["device"]) == ("bfloat16", device_name())
+    check_run(tmp_path, settings["bfloat16"])
+    with pytest.raises(
+        ValueError, match=f"begun in bfloat16, and this would be in float32: dtype=bfloat16 save_dir={tmp_path}"
+    ):
+        check_run(tmp_path, settings["float32"])
+    note["settings"]["dtype"] = "auto"  # on another device
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(note))
+    check_run(tmp_path, settings["bfloat16"])
+    with pytest.raises(ValueError, match="float32"):
+        check_run(tmp_path, settings["float32"])
 
 
 def test_deterministic_is_true_or_false(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ LETTERS = 400  # of a row's question, and of its answer
 SHOWN = (  # settings that tell what was run, before all others
     *("model_family", "method.name", "retain.name", "hyper_param", "rule.name", "benchmark", "split", "data_path"),
     *("forget_data", "retain_data", "retain_holdout", "lr", "num_epochs", "batch_size", "gradient_accumulation_steps"),
-    *("processes", "seed", "weights", "trainable", "LoRA.r", "model_path", "versions.torch", "versions.transformers", "hash"),
+    *("processes", "seed", "device", "precision", "weights", "trainable", "LoRA.r", "model_path"),
+    *("versions.torch", "versions.transformers", "hash"),
 )
 
 

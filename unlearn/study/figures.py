@@ -7,7 +7,7 @@ from itertools import cycle
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from unlearn.reporting.style import (
     HEAT,
@@ -33,6 +33,7 @@ PANELS = {
 }
 FORETOLD = {"forget_rise_end": "forget loss still to rise", "retain_rise_end": "retain loss still to rise"}
 FORETOLD |= {"forget_ps_stopped": "forget PS where stopped", "price": "price"}
+ATTACKS = {"relearn": "trained again on the forget rows", "quantize": "quantised"}
 
 
 def trajectories(lines: DataFrame) -> Figure | None:
@@ -89,6 +90,54 @@ def layers(table: DataFrame) -> Figure | None:
         places = np.unique(np.linspace(0, len(order) - 1, 9).round().astype(int))
         axes.set_xticks(places, [order[place] for place in places], rotation=60)
     colour_bar(figure, Normalize(-0.25, 0.25), "share of the sum of |parts|", across=True, ax=list(panels), shrink=0.4)
+    return figure
+
+
+def seeds(table: DataFrame) -> Figure | None:
+    """Forget PS where stopped, retain PS there and price: mean and standard deviation over the seeds, a line a method.
+
+    Args:
+        table: one of `rates.over_seeds`.
+    """
+    if not len(table):
+        return None
+    table = table.sort_values("forget_ps", ascending=False, kind="stable").reset_index(drop=True)
+    figure = new_figure(0.8 + 0.2 * len(table), WIDE)
+    panels = figure.subplots(1, 3, sharey=True)
+    titles = {"forget_ps": "forget PS where stopped", "retain_ps": "held-out retain PS there", "price": "price (nats/token)"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        axes.errorbar(table[name], table.index, xerr=table[f"{name}_sd"], fmt="o", markersize=3, linewidth=0.9, capsize=2)
+        axes.set_xlabel(title)
+    panels[0].set_yticks(table.index, [_of_group(line) for _, line in table.iterrows()])
+    return figure
+
+
+def _of_group(line: Series) -> str:
+    return f"{line['method']} {line['lr']:g}" + ("" if np.isnan(line["hyper"]) else f", {line['hyper']:g}")
+
+
+def attacks(table: DataFrame) -> Figure | None:
+    """Forget PS of each run, trained again and quantised; dashed the retain model. None where there is neither.
+
+    Args:
+        table: columns run, method, model, attack, setting, forget_ps_exact.
+    """
+    ways = [way for way in ATTACKS if (table["attack"] == way).any()]
+    if not ways or "forget_ps_exact" not in table:
+        return None
+    figure = new_figure(2.6)
+    names = _labels(table)
+    looks = dict(zip(names, cycle(zip(PALETTE, SHAPES, strict=False)), strict=False))
+    for axes, way in zip(figure.subplots(1, len(ways), squeeze=False, sharey=True)[0], ways, strict=True):
+        for (run, model), of in table[table["attack"] == way].groupby(["run", "model"], sort=False):
+            colour, mark = looks[run]
+            unlearned = {"color": colour, "marker": mark, "label": names[run]}
+            retain = {"color": "0.3", "linestyle": "--", "label": "retain model"}
+            of_model = unlearned if model == "unlearned" else retain
+            axes.plot(of["setting"], of["forget_ps_exact"], markersize=2.5, linewidth=0.9, **of_model)
+        axes.set_title(ATTACKS[way])
+    figure.axes[0].set_ylabel("forget PS")
+    legend_above(figure, 6)
     return figure
 
 

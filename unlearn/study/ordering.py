@@ -6,6 +6,7 @@ import numpy as np
 from pandas import DataFrame
 
 from unlearn.study.prediction import FEWEST, related
+from unlearn.study.rates import over_seeds
 
 POINT = ("e_u", "e_r", "ratio", "cos_u", "cos_r")
 OUTCOME = ("forget_ps", "forget_ps_end", "retain_ps_end", "price")
@@ -31,8 +32,7 @@ def beside(points: DataFrame, ends: DataFrame) -> DataFrame:
     wide = wide.reset_index().rename(columns={"hyper_param": "hyper"})
     wide["ratio"] = wide["e_r"] / wide["e_u"].abs().replace(0, np.nan)
     keys = ["method", "hyper"]
-    over_seeds = ends.groupby([*keys, "lr"], dropna=False, as_index=False)[list(OUTCOME)].mean()
-    of_runs = over_seeds.sort_values("forget_ps", kind="stable").drop_duplicates(keys)
+    of_runs = over_seeds(ends).sort_values("forget_ps", kind="stable").drop_duplicates(keys)[[*keys, "lr", *OUTCOME]]
     return wide.merge(of_runs, on=keys)  # NaN, the default, meets NaN
 
 

@@ -7,6 +7,7 @@ from pandas import DataFrame
 
 RISE = 0.5  # nats a token that the forget loss has to rise by for a run to have a price
 KEYS = ["method", "hyper", "seed"]
+ENDS = ["forget_ps", "retain_ps", "forget_ps_end", "retain_ps_end", "price"]
 
 
 def stopped(lines: DataFrame, share: float = 0.9) -> DataFrame:
@@ -54,3 +55,19 @@ def best(rates: DataFrame) -> DataFrame:
     """The line of each method, hyper-parameter and seed with the lowest forget PS; of two alike the lower rate."""
     order = rates.sort_values(["forget_ps", "lr"], kind="stable")
     return order.drop_duplicates(KEYS).sort_index()
+
+
+def over_seeds(ends: DataFrame, fewest: int = 1) -> DataFrame:
+    """Means and standard deviations over the seeds of what was otherwise the same, where there are `fewest` seeds or more.
+
+    Args:
+        ends: a table of `stopped`.
+
+    Returns:
+        Columns method, hyper, lr, epochs, seeds, and each of `ENDS` with its standard deviation (of n - 1) as NAME_sd.
+    """
+    groups = ends.groupby(["method", "hyper", "lr", "epochs"], dropna=False)
+    table = groups.size().rename("seeds").to_frame()
+    for name in ENDS:
+        table[name], table[f"{name}_sd"] = groups[name].mean(), groups[name].std()
+    return table[table["seeds"] >= fewest].reset_index()

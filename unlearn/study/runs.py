@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pandas as pd
 from pandas import DataFrame
@@ -12,7 +13,8 @@ from unlearn.reporting import report_tables
 from unlearn.reporting.report_tables import Run
 from unlearn.reporting.tables import read
 
-SETTINGS = {"lr": "lr", "seed": "seed", "hyper_param": "hyper", "num_epochs": "epochs"}
+OF_STUDY = {"model_family": "family", "split": "split", "precision": "precision"}  # the same of all runs of a study
+SETTINGS = OF_STUDY | {"lr": "lr", "hyper_param": "hyper", "num_epochs": "epochs", "seed": "seed"}
 RUN = ["run", "method", *SETTINGS.values()]
 SCORES = {
     "forget_loss": "forget_loss",
@@ -24,11 +26,37 @@ OF_RISK = {"geffect": "e", "cosine": "cos"}
 SHORT = {"unlearn": "u", "retain": "r"}
 
 
+def named(runs: Sequence[Run]) -> list[Run]:
+    """The runs, called after method, lr, hyper-parameter, epochs and seed, whatever other runs are beside them.
+
+    Raises:
+        ValueError: two are called the same.
+    """
+    names = [name_of(run) for run in runs]
+    for i, name in enumerate(names):
+        if (first := names.index(name)) < i:
+            others = "a study tells runs apart by method, lr, hyper_param, num_epochs and seed"
+            raise ValueError(f"{runs[first].folder} and {runs[i].folder}: both are {name!r}; {others}")
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def name_of(run: Run) -> str:
+    of = {name: run.record.get(key) for key, name in SETTINGS.items() if key not in OF_STUDY}
+    return ", ".join([run.method or run.name, *(f"{name}={value}" for name, value in of.items() if value is not None)])
+
+
+def check_alike(lines: DataFrame) -> None:
+    """Raises ValueError where a table of lines has runs of several families, splits or precisions."""
+    for name in (name for name in OF_STUDY.values() if name in lines):
+        if len(several := sorted(map(str, lines[name].dropna().unique()))) > 1:
+            raise ValueError(f"runs of {' and '.join(several)}: a study is of one {name}; give another --out for the others")
+
+
 def lines_of(runs: Iterable[Run]) -> DataFrame:
     """The table of these runs.
 
     Columns:
-        run, method, lr, seed, hyper, epochs: the run (hyper NaN: the method's default).
+        run, method, family, split, precision, lr, hyper, epochs, seed: the run (hyper NaN: the method's default).
         step: at which `eval.every` has scored it.
         forget_loss, retain_loss (nats a token), forget_ps, retain_ps: the scores there.
         e_u, e_r, cos_u, cos_r, norm: the G-effects there, their cosines, and the norm of the objective's gradient.
