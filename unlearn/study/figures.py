@@ -108,6 +108,8 @@ def seeds(table: DataFrame) -> Figure | None:
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         axes.errorbar(table[name], table.index, xerr=table[f"{name}_sd"], fmt="o", markersize=3, linewidth=0.9, capsize=2)
         axes.set_xlabel(title)
+        axes.locator_params(axis="x", nbins=4)
+        axes.margins(y=0.5 / len(table))
     panels[0].set_yticks(table.index, [_of_group(line) for _, line in table.iterrows()])
     return figure
 
