@@ -13,12 +13,12 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from app import arguments
 from app.data import check_split
 from app.families import load_family
 from app.filling import benchmark
-from app.methods import parse_method
+from app.methods import choices, parse_method
 
 ROOT = Path(__file__).resolve().parent
 USAGE = "{} METHOD --model=FAMILY --setting=forget01|forget05|forget10 [--hyper=NUMBER] [--cuda_id=GPU] [key=value ...]"
@@ -26,14 +26,7 @@ USAGE = "{} METHOD --model=FAMILY --setting=forget01|forget05|forget10 [--hyper=
 
 def parse_args(argv: list[str], script: str = "basher1.py", description: str | None = __doc__) -> argparse.Namespace:
     """The arguments of a script that names a run as this one does. Raises ValueError for those that it does not have."""
-    usage = USAGE.format(script)
-
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(f"{message}; usage: {usage}")
-
-    as_typed = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=as_typed, usage=usage)
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = arguments.parser(description, USAGE.format(script), abbreviated=True)
     parser.add_argument(
         "method", help="a file of config/method (rmu_LAYER, wtnpo_ALPHA), with an optional _RETAIN, a file of config/retain"
     )
@@ -45,7 +38,7 @@ def parse_args(argv: list[str], script: str = "basher1.py", description: str | N
     parser.add_argument("--cuda_id", type=int, help="which GPU; left out: what is there")
     args, overrides = parser.parse_known_args(argv)
     if strange := [word for word in overrides if word.startswith("-") or "=" not in word]:
-        refuse(f"{' '.join(strange)}: no such argument")
+        parser.error(f"{' '.join(strange)}: no such argument")
     args.overrides = overrides
     return args
 
@@ -69,8 +62,10 @@ def choose_device(cuda_id: int | None) -> dict[str, str]:
 def run_settings(args: argparse.Namespace) -> list[str]:
     """forget.py's settings that the arguments stand for. Raises ValueError for an unknown method, family or split."""
     load_family(args.model)
-    chosen = [word.partition("=")[2] for word in args.overrides if word.startswith("benchmark=")]
-    check_split(benchmark([*chosen, "tofu"][0]), "unlearn", args.setting)
+    [chosen, *_] = [*(word.partition("=")[2] for word in args.overrides if word.startswith("benchmark=")), "tofu"]
+    if chosen not in (there := choices("benchmark")):
+        raise ValueError(f"benchmark={chosen}: unknown; there are {', '.join(there)}")
+    check_split(benchmark(chosen), "unlearn", args.setting)
     settings = [f"model_family={args.model}", f"split={args.setting}", *parse_method(args.method)]
     if args.hyper is not None:
         settings.append(f"hyper_param={int(args.hyper) if args.hyper.is_integer() else args.hyper}")

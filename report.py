@@ -11,27 +11,22 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
+
+from app import arguments
 
 USAGE = "report.py RUN [RUN ...] [--out FILE.html]"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises ValueError for what a user got wrong."""
-
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(f"{message}; usage: {USAGE}")
-
-    as_typed = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_typed, usage=USAGE, allow_abbrev=False)
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = arguments.parser(__doc__, USAGE)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of an unlearning run")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="left out: report.html in the first run's folder")
     args = parser.parse_args(argv)
     if args.out is not None and args.out.suffix not in (".html", ".htm"):
-        refuse(f"--out={args.out}: needs to end in .html")
+        parser.error(f"--out={args.out}: needs to end in .html")
     if args.out is not None and args.out.is_dir():
-        refuse(f"--out={args.out}: is a folder")
+        parser.error(f"--out={args.out}: is a folder")
     return args
 
 
@@ -49,13 +44,12 @@ def run(folders: list[str], out: Path | None = None) -> Path:
 
 def main(argv: list[str]) -> int:
     """2 for what can be mended on the command line, 1 for what went wrong on the way."""
-    try:
+
+    def work() -> None:
         args = parse_args(argv)
         run(args.runs, args.out)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"report.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+
+    return arguments.exit_code("report.py", work)
 
 
 if __name__ == "__main__":

@@ -13,27 +13,22 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
+
+from app import arguments
 
 USAGE = "study.py runs RUN [RUN ...] | predict | order SWEEP.csv [SWEEP.csv ...] | words RUN [RUN ...]   --out FOLDER"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises ValueError for what a user got wrong."""
-
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(f"{message}; usage: {USAGE}")
-
-    as_typed = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_typed, usage=USAGE, allow_abbrev=False)
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = arguments.parser(__doc__, USAGE)
     parser.add_argument("part", choices=("runs", "predict", "order", "words"))
     parser.add_argument("given", nargs="*", metavar="RUN", help="folders of unlearning runs; of order a sweep's table")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where tables and figures are")
     args = parser.parse_args(argv)
     wanted = {"runs": args.given, "predict": not args.given, "order": args.given, "words": args.given}
     if not wanted[args.part]:
-        refuse(f"{args.part}: {len(args.given)} given")
+        parser.error(f"{args.part}: {len(args.given)} given")
     return args
 
 
@@ -54,13 +49,12 @@ def run(part: str, given: list[str], out: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """2 for what can be mended on the command line, 1 for what went wrong on the way."""
-    try:
+
+    def work() -> None:
         args = parse_args(argv)
         run(args.part, args.given, args.out)
-    except (ValueError, OSError) as error:
-        print(f"study.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+
+    return arguments.exit_code("study.py", work)
 
 
 if __name__ == "__main__":

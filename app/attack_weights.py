@@ -12,7 +12,7 @@ from app.attack_settings import Robustness
 from app.attack_tables import SCORES, Result
 from app.attack_work import Part, Work, by_bitsandbytes, of_sets, told_of
 from app.compose import given
-from app.data import Rows, check_rows, data_of
+from app.data import Data, Rows, check_rows, data_of
 from app.families import Family
 from app.settings import Finetune
 
@@ -30,19 +30,30 @@ def relearned_rows(settings: Robustness) -> Rows:
     data, name = data_of(settings), settings.relearn.data
     if name is None:
         rows = [row for one in data.benchmark.unlearn[settings.split].forget for row in data.rows(one)]
-    elif Path(name).is_file():
-        check_rows(f"relearn.data={name}", Path(name))
-        plain = data.benchmark.model_copy(update={"read": None})
-        rows = replace(data, benchmark=plain, forget_data=name).rows("forget_data")
     else:
-        try:
-            data.check(name)
-        except ValueError as error:
-            raise ValueError(f"relearn.data={name}: no such file, and no set of the benchmark ({error})") from error
-        rows = data.rows(name)
+        rows = rows_of_file(data, name) if Path(name).is_file() else rows_of_set(data, name)
     n = max(1, round(settings.relearn.share * len(rows)))
     drawn = range(n) if n == len(rows) else sorted(random.Random(f"relearn {settings.seed}").sample(range(len(rows)), n))
     return [rows[i] for i in drawn]
+
+
+def rows_of_file(data: Data, name: str) -> Rows:
+    """A local file's rows, whose texts are called as the data's own are. Raises ValueError where they are none."""
+    own = replace(data, benchmark=data.benchmark.model_copy(update={"read": None}), forget_data=name)
+    check_rows(f"relearn.data={name}", Path(name), data=own)
+    return own.rows("forget_data")
+
+
+def rows_of_set(data: Data, name: str) -> Rows:
+    """The rows of a set of the benchmark's. Raises ValueError where there is none of that name, or its rows are none."""
+    if not data.has(name):
+        there = ", ".join(data.names())
+        raise ValueError(f"relearn.data={name}: no such file, and no set of benchmark={data.benchmark.name}; there are {there}")
+    try:
+        data.check(name)
+        return data.rows(name)
+    except ValueError as error:
+        raise ValueError(f"relearn.data={name}: {error}") from error
 
 
 def training(settings: Robustness, family: Family) -> Finetune:

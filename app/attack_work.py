@@ -12,7 +12,7 @@ import yaml
 from app import evaluating
 from app.attack_settings import ATTACKS, Robustness
 from app.checks import check_optimizer
-from app.data import Rows, data_of, set_with_perturbed, unlearning_data
+from app.data import PLACE, Rows, data_of, set_with_perturbed, unlearning_data
 from app.families import Family
 from app.places import CONFIG
 
@@ -190,7 +190,8 @@ def with_paraphrases(settings: Robustness, rows: Rows) -> Rows:
         )
     for column, row in ((column, row) for row in rows for column in columns if row.get(column)):
         if not all(isinstance(text, str) for text in (row[column] if isinstance(row[column], list) else [row[column]])):
-            raise ValueError(f"paraphrase.columns={columns}: {column} is a text or a list of texts, not {row[column]!r:.60}")
+            what = f"paraphrase.columns={columns}: {row[PLACE]}"
+            raise ValueError(f"{what}: {column!r} is a text or a list of texts, and not {row[column]!r:.60}")
     return rows
 
 

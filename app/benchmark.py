@@ -60,3 +60,14 @@ class Benchmark(Settings):
     models: dict[str, str] = setting({}, "by family, the published model to unlearn, where none was fine-tuned here")
     retain_models: dict[str, str] = setting({}, "by family, the published model that never saw the rows to forget")
     also: dict[str, str] = setting({}, "further sets that both evaluations score, by what their tables call them")
+
+    def sets(self) -> list[str]:
+        """The sets that its YAML names, in the order in which they are first named."""
+        found = [name for names in self.finetune.values() for name in names]
+        for of in self.unlearn.values():
+            found += [*of.forget, *of.retain, *([] if of.unseen is None else [of.unseen])]
+        found += [name for name in (self.held_out.first_of, self.held_out.rows) if name is not None]
+        asked = [name for name in (*self.perturbed.values(), *self.asked.values(), *self.also.values()) if name != "held_out"]
+        found += [name.format(split=split) for name in asked for split in self.unlearn]
+        found += [name for own in self.own.values() for name in own.sets.values()]
+        return list(dict.fromkeys(found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -10,9 +10,10 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from app.attack_settings import Robustness
+from app.benchmark import Benchmark
 from app.fields import Number, Settings, check_value, defaults, flatten, parse, unknown
 from app.methods import RETAINED
 from app.places import CONFIG
@@ -33,16 +34,36 @@ for _name, _group in COMMANDS.items():  # what their YAML begins with
 
 
 def compose(config_name: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """What Hydra composes, nested, inside a Hydra job or outside."""
-    if GlobalHydra.instance().is_initialized():
-        return nested(hydra_compose(config_name, overrides))
-    with initialize_config_dir(str(CONFIG), version_base=None):
-        return nested(hydra_compose(config_name, overrides))
+    """What Hydra composes, nested, inside a Hydra job or outside. Raises ValueError where a group is not called as its file."""
+    if not GlobalHydra.instance().is_initialized():
+        with initialize_config_dir(str(CONFIG), version_base=None):
+            return compose(config_name, overrides)
+    found = hydra_compose(config_name, overrides, return_hydra_config=True)
+    choices = dict(found.hydra.runtime.choices)
+    with open_dict(found):
+        del found["hydra"]
+    return check_names(nested(found), choices)
 
 
 def nested(config: DictConfig) -> dict[str, Any]:
     """With interpolations resolved."""
     found: Any = OmegaConf.to_container(config, resolve=True)
+    return found
+
+
+def check_names(found: dict[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
+    """What was composed.
+
+    Args:
+        choices: the file of each group.
+
+    Raises:
+        ValueError: a group has another `name` than its file: folders and records would say what nobody has asked for.
+    """
+    for key in GROUPS:
+        file, group_of = str(choices.get(key)).removesuffix(".yaml"), found.get(key)
+        if isinstance(group_of, dict) and group_of.get("name") != file:
+            raise ValueError(f"{key}={file}: its name is {group_of.get('name')}; needs to be {file}, as its file is called")
     return found
 
 
@@ -80,8 +101,17 @@ def parsed(command: type[Settings], config: dict[str, Any]) -> Any:
 
 
 def check_open(name: str, found: dict[str, Any]) -> None:
-    """Raises ValueError where a group has keys that its YAML does not have, or a value of another type than there."""
+    """Raises ValueError where a group has keys that its YAML does not have, or a value of another type than there.
+
+    A benchmark is as its YAML has it: of a run its name alone is noted.
+    """
     if name == "benchmark":
+        parse(Benchmark, found, name)
+        here, there = flatten(found), flatten(group(name, found["name"]))
+        if changed := [key for key in {**there, **here} if here.get(key) != there.get(key)]:
+            raise ValueError(
+                f"{name}.{changed[0]}={here.get(changed[0])}: is set in the YAML of {name}={found['name']}, not here"
+            )
         return
     hyper = [f"method={found['name']}"] if name == "retain" and found["name"] in RETAINED else []
     fields = OPEN[name].model_fields

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ TEXTS = ("question", "answer")  # of a row, that training reads
 PERTURBED = ("paraphrased_answer", "perturbed_answer")
 CONTINUED = ("prompt", "gt")  # of a row that is a text and how it goes on
 ALL_TEXTS = (*TEXTS, "paraphrased_question", *PERTURBED)  # that an evaluation reads
+ONE, MANY = "a text", "a list of texts"
+KINDS = {"perturbed_answer": MANY, "paraphrased_question": f"{ONE} or {MANY}"}  # of a row's texts; of the others ONE
 FILES = ("forget_data", "retain_data")  # settings that name a file, and are the names of sets
 UNLIKELY = re.compile("[\ud800-\udfff]")  # half a surrogate pair
 
@@ -53,7 +55,7 @@ class Data:
         """The rows of a set, each with its place as the user knows it."""
         where = str(getattr(self, name)) if name in FILES else f"split {name}"
         places = ((f"{where}, row {number}", row) for number, row in enumerate(self._read(name), start=1))
-        return [one | {PLACE: place} for place, row in places for one in self._named(row, place)]
+        return [one | {PLACE: place} for place, row in places for one in self.named(row, place)]
 
     def at_hand(self, name: str) -> Rows | None:
         """The rows of a set that is a file, None of any other."""
@@ -84,10 +86,10 @@ class Data:
         found = load_dataset(self.source(subset), subset, split=split).to_list()
         return [row for of in found for row in of[column[0]]] if column else found
 
-    def _named(self, row: Mapping[str, Any], place: str) -> Rows:
+    def named(self, row: Mapping[str, Any], place: str) -> Rows:
         """The row as it is used here, a long text in pieces. Raises ValueError where its answer is none of its choices."""
         try:
-            found = in_form(row, {**self.benchmark.columns, **self.columns})
+            found = in_form(row, self.called)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         size, text = self.benchmark.piece, found.get("text")
@@ -95,18 +97,42 @@ class Data:
             return [found]
         return [found | {"text": part} for part in pieces(text, size)]
 
-    def check(self, name: str, also: Sequence[str] = ()) -> int | None:
+    @property
+    def called(self) -> dict[str, str]:
+        """What the rows call `question`, `answer`, `text` or `choices`, where that is something else."""
+        return {**self.benchmark.columns, **self.columns}
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a set; True where only the hub, or reading it, can tell."""
+        if self._by_name():
+            return name in self.benchmark.sets()
+        return self.file(name).is_file() or not Path(self.source(name)).is_dir() or bool(name and self._parquets(name))
+
+    def names(self) -> list[str]:
+        """The sets that there are: the files of a folder, else those that the benchmark's YAML names."""
+        named = self.benchmark.sets()
+        return named if self._by_name() else self._files(*named) or named
+
+    def _by_name(self) -> bool:
+        """Whether only the sets of the YAML can be: of files of one's own, and where a function reads them."""
+        return self.benchmark.read is not None or set(self.benchmark.sets()) <= set(FILES)
+
+    def _files(self, *like: str) -> list[str]:
+        """The sets that are files, as deep in the folder as these names."""
+        folder, depths = Path(self.data_path), {name.count("/") for name in like}
+        files = [file for depth in depths for file in folder.glob("/".join("*" * (depth + 1))) if file.suffix in SUFFIXES]
+        return sorted({file.relative_to(folder).with_suffix("").as_posix() for file in files})
+
+    def check(self, name: str, also: Sequence[str] = (), continued: bool = False) -> int | None:
         """How many rows a set has, None where only reading it can tell. Raises ValueError where it is not there, or wrong."""
         if name in FILES or (self.benchmark.read is None and self.file(name).exists()):
             key = name if name in FILES else "data_path"
-            return check_rows(f"{key}={self.file(name)}", self.file(name), also, self._named)
+            return check_rows(f"{key}={self.file(name)}", self.file(name), also, self, continued)
         if self.benchmark.read is not None:
             return None
         source = self.source(name)
         if Path(source).is_dir() and not self._parquets(name):
-            files = Path(self.data_path).glob("/".join("*" for _ in name.split("/")))
-            names = (file.relative_to(self.data_path).with_suffix("").as_posix() for file in files if file.suffix in SUFFIXES)
-            there = ", ".join(sorted(names)) or "no splits"
+            there = ", ".join(self._files(name)) or "no splits"
             raise ValueError(f"split={name}: data_path={self.data_path} has no {name}.json; there are {there}")
         if not Path(source).is_dir() and not on_hub(source, "dataset"):
             copy = f"offline? give a local copy of {self.benchmark.name.upper()}"
@@ -256,36 +282,52 @@ def check_perturbed(data: Data, split: str) -> None:
         data.check(name.format(split=split), also=PERTURBED)
 
 
-def check_rows(
-    what: str,
-    file: Path,
-    also: Sequence[str] = (),
-    named: Callable[[Mapping[str, Any], str], Rows] = lambda row, _: [dict(row)],
-) -> int:
+def check_rows(what: str, file: Path, also: Sequence[str] = (), data: Data | None = None, continued: bool = False) -> int:
     """How many rows a file has. Raises ValueError where one is no question and answer, nor a text, or there is none.
 
     Args:
         what: the setting and the file, for the line.
         also: what its rows need beside.
-        named: a row, and its place, as it is used here: in one row, or several.
+        data: whose rows they are, which may have other names for their texts.
+        continued: a row may be a text and how it goes on, too.
     """
     if not file.is_file():
         raise ValueError(f"{what}: no such file")
-    read = enumerate(read_rows(file), start=1)
-    rows = [(number, one) for number, row in read for one in named(row, f"{what}, row {number}")]
-    for number, row in rows:
-        others = () if "question" in row else [form for form in (("text",), CONTINUED) if form[-1] in row]
-        needed = others[0] if others else (*TEXTS, *also)
-        if missing := [name for name in needed if row.get(name) is None]:
-            kinds = {name: type(value).__name__ for name, value in row.items()}
-            raise ValueError(f"{what}, row {number}: needs {' and '.join(map(repr, missing))}, and has {kinds}")
-        for name in {*needed, *ALL_TEXTS} & row.keys():
-            texts, kind = (row[name], "a list of texts") if name == "perturbed_answer" else ([row[name]], "a text")
-            if isinstance(texts, list) and any(isinstance(x, str) and UNLIKELY.search(x) for x in texts):
-                raise ValueError(f"{what}, row {number}: {name!r} holds half a surrogate pair, which is no text")
-            if row[name] is not None and not (isinstance(texts, list) and texts and all(isinstance(x, str) for x in texts)):
-                raise ValueError(f"{what}, row {number}: {name!r} is {kind}, and not {row[name]!r:.60}")
-    return len(rows)
+    try:
+        read = read_rows(file)
+    except ValueError as error:
+        raise ValueError(f"{what}{str(error).removeprefix(str(file))}") from error
+    n = 0
+    for number, row in enumerate(read, start=1):
+        place = f"{what}, row {number}"
+        for one in [row] if data is None else data.named(row, place):
+            _check_row(place, row, one, also, {} if data is None else data.called, continued)
+            n += 1
+    return n
+
+
+def _check_row(
+    place: str,
+    as_read: Mapping[str, Any],
+    row: Mapping[str, Any],
+    also: Sequence[str],
+    called: Mapping[str, str],
+    continued: bool,
+) -> None:
+    forms = [("text",), *([CONTINUED] if continued else [])]
+    others = () if "question" in row else [form for form in forms if form[-1] in row]
+    needed = others[0] if others else (*TEXTS, *also)
+    if missing := [called.get(name, name) for name in needed if row.get(name) is None]:
+        kinds = {name: type(value).__name__ for name, value in as_read.items()}
+        raise ValueError(f"{place}: needs {' and '.join(map(repr, missing))}, and has {kinds}")
+    for name in {*needed, *ALL_TEXTS} & row.keys():
+        value, kind = row[name], KINDS.get(name, ONE)
+        texts = [value] if kind == ONE or (kind != MANY and isinstance(value, str)) else value
+        if isinstance(texts, list) and any(isinstance(x, str) and UNLIKELY.search(x) for x in texts):
+            raise ValueError(f"{place}: {name!r} holds half a surrogate pair, which is no text")
+        right = isinstance(texts, list) and (texts or kind != MANY) and all(isinstance(x, str) for x in texts)
+        if value is not None and not right:
+            raise ValueError(f"{place}: {name!r} is {kind}, and not {value!r:.60}")
 
 
 def on_hub(name: str, repo_type: str) -> bool:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from app.compose import GROUPS, compose, nested, parsed
+from app.compose import GROUPS, check_names, compose, nested, parsed
 from app.families import load_families
 from app.fields import Settings, fields, flatten, of_groups, what
 from app.methods import choices, hint
@@ -57,7 +58,7 @@ def cli(run: Callable[[Any], Path | None], *commands: type[Settings]) -> None:
         with noted() as note:
             try:
                 command = next((one for one in commands if next(iter(one.model_fields)) in config), commands[0])
-                folder = run(parsed(command, nested(config)))
+                folder = run(parsed(command, check_names(nested(config), HydraConfig.get().runtime.choices)))
                 note["folder"] = None if folder is None else str(folder)
             except Exception as error:
                 note["error"] = one_line(error, config_name)

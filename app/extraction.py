@@ -11,6 +11,7 @@ from app import evaluating
 from app.data import ALL_TEXTS, TEXTS, Rows, data_of, hash_rows, set_with_perturbed, unlearning_data
 from app.extraction_tables import no_holdout, report, scored, totals, write
 from app.settings import EvalEverything
+from unlearn.io.rows import texts_in
 from utils import is_main_process, say
 
 if TYPE_CHECKING:
@@ -97,10 +98,10 @@ def measure(
     how = models.at(path)
     asked = {name: given for name, given in rows.items() if privacy or name != "holdout"}
     again = [
-        row | {"question": row["paraphrased_question"]}
+        row | {"question": text}
         for name in ("forget", "retain")
         for row in rows[name]
-        if row.get("paraphrased_question")
+        for text in texts_in(row, "paraphrased_question")
     ]
     flat = models.tokenize([row for given in (*asked.values(), again) for row in given])
     forced = iter(teacher_force(how, flat, moments=privacy, what=f"{Path(path).name}"))
@@ -117,7 +118,8 @@ def measure(
             found[name].append(knowledge(one) | more)
     for name in ("forget", "retain"):
         for row, into in zip(rows[name], found[name], strict=True):
-            into["ps_perturb"] = scores.ps_exact(next(forced).right) if row.get("paraphrased_question") else float("nan")
+            perturbed = [scores.ps_exact(next(forced).right) for _ in texts_in(row, "paraphrased_question")]
+            into["ps_perturb"] = scores.mean(perturbed)
     return found
 
 

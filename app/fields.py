@@ -91,7 +91,7 @@ def defaults(group: type[Settings]) -> dict[str, Any]:
 def what(field: FieldInfo) -> str:
     """What the field's value needs to be: "a whole number of at least 1", "one of a, b", ..."""
     if get_origin(field.annotation) is list:
-        return "a list, [A,B,...]"
+        return _list(field.annotation)
     [kind, *others] = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not NoneType]
     metadata = [*field.metadata]
     while get_origin(kind) is Annotated:
@@ -102,12 +102,20 @@ def what(field: FieldInfo) -> str:
     if kind is bool:
         return "true or false"
     if get_origin(kind) is list or kind is list:
-        return "a list, [A,B,...]"
+        return _list(kind)
+    if get_origin(kind) is dict:
+        return "a group of settings"
     if kind is str:
         return "a text"
     whole = kind is int and float not in get_args(field.annotation) and float not in get_args(kind)
     several = " or a list of such, [A,B,...]" if any(get_origin(_bare(other)) is list for other in others) else ""
     return f"a {'whole ' if whole else ''}number{_bounds(metadata)}{several}"
+
+
+def _list(kind: Any) -> str:
+    [item] = get_args(kind) or (Any,)
+    numbers = "" if item in (Any, str) else f" of {what(FieldInfo.from_annotation(item)).removeprefix('a ')}"
+    return f"a list{numbers.replace('number', 'numbers', 1)}, [A,B,...]"
 
 
 def _bare(kind: Any) -> Any:
@@ -122,20 +130,26 @@ def _bounds(metadata: list[Any]) -> str:
 
 
 def _group(annotation: Any) -> type[Settings] | None:
+    """The group that a field is; None of any other, also of groups by names (`dict[str, Group]`)."""
+    if get_origin(annotation) is dict:
+        return None
     kinds = [kind for kind in (get_args(annotation) or (annotation,)) if isinstance(kind, type)]
     return next((kind for kind in kinds if issubclass(kind, Settings)), None)
 
 
-def parse(group: type[Some], given: Mapping[str, Any]) -> Some:
+def parse(group: type[Some], given: Mapping[str, Any], name: str = "") -> Some:
     """The settings of what was given, nested, with all of the group's keys.
 
+    Args:
+        name: of the group, where it is one within others.
+
     Raises:
-        ValueError: a key is unknown, or a value does not fit: one line, with what would.
+        ValueError: a key is unknown, or lacks, or a value does not fit: one line, with what would.
     """
     try:
         return group.model_validate(_without_nulls(group, given))
     except ValidationError as error:
-        raise ValueError(_line(group, given, error)) from error
+        raise ValueError(_line(group, given, error, [name] if name else [])) from error
 
 
 def check_value(key: str, value: Any, kind: Any) -> None:
@@ -159,27 +173,39 @@ def _without_nulls(group: type[Settings], given: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _line(group: type[Settings], given: Any, error: ValidationError) -> str:
-    [first, *_] = error.errors()
-    keys: list[str] = []
+def _line(group: type[Settings], given: Any, error: ValidationError, keys: list[str]) -> str:
+    """The line for the first key that is unknown, else for the first that lacks or whose value does not fit.
+
+    Args:
+        keys: that lead to the group.
+    """
+    errors = error.errors()
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    field, inner = FieldInfo.from_annotation(group), [group]  # of where the walk is: the last is the group that has the key
     for part in first["loc"]:
         if not isinstance(given, Mapping) or part not in given:
             break
         keys, given = [*keys, str(part)], given[part]
-        field = group.model_fields.get(str(part))
-        inner = None if field is None else _group(field.annotation)
-        if inner is None:
-            break
-        group = inner
+        field = _inside(field.annotation, str(part)) or FieldInfo.from_annotation(Any)
+        inner += [] if (found := _group(field.annotation)) is None else [found]
     key = ".".join(keys)
     if first["type"] == "extra_forbidden":
-        return unknown(key, list(group.model_fields))
-    if field is None:
+        return unknown(key, list(inner[-1].model_fields))
+    if first["type"] == "missing":
+        return f"{key or 'the configuration'} lacks {first['loc'][-1]}; its keys are {', '.join(inner[-1].model_fields)}"
+    if (of := _group(field.annotation)) is not None:
+        return f"{key}={given}: is a group of settings, {', '.join(name for name, _ in fields(of, f'{key}.'))}"
+    if field.annotation is Any:
         return f"{key}={given}: {first['msg']}"
-    if inner is not None:
-        inside = ", ".join(name for name, _ in fields(inner, f"{key}."))
-        return f"{key}={given}: is a group of settings, {inside}"
     return f"{key}={given}: needs to be {what(field)}"
+
+
+def _inside(kind: Any, part: str) -> FieldInfo | None:
+    """The field of that name within a group, or groups by names; None where it has none."""
+    if get_origin(kind) is dict:
+        return FieldInfo.from_annotation(get_args(kind)[1])
+    group = _group(kind)
+    return None if group is None else group.model_fields.get(part)
 
 
 def unknown(key: str, names: list[str]) -> str:

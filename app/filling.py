@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from app.benchmark import Benchmark
 from app.compose import given, group
 from app.families import Family, load_families, load_family
-from app.fields import marked
+from app.fields import marked, parse
 from app.methods import choices
 from app.places import find_path
 from app.runs import saved_settings
@@ -59,7 +59,7 @@ def benchmark_of(settings: Common) -> Benchmark:
 
 
 def benchmark(name: str) -> Benchmark:
-    return Benchmark.model_validate(group("benchmark", name))
+    return parse(Benchmark, group("benchmark", name), "benchmark")
 
 
 def _check_from_scratch(name: str, hf_key: str) -> None:

@@ -23,7 +23,7 @@ def check_own(settings: EvalTofu) -> None:
     """Raises ValueError where a set that a score is of is not there, or wrong."""
     data = data_of(settings)
     for name in dict.fromkeys(name for own in settings.benchmark.own.values() for name in own.sets.values()):
-        data.check(name)
+        data.check(name, continued=True)
     for score, own in settings.benchmark.own.items():
         _check_function(f"benchmark={settings.benchmark.name}: own.{score}.score", own.score, None, **own.sets)
         if own.against:

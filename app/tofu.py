@@ -202,7 +202,8 @@ def definitions(settings: EvalTofu | Aggregate) -> dict[str, Any]:
         "probability": f"exp(-mean loss of the answer's tokens, end-of-sequence counted, {tag})",
         "truth_ratio": f"{settings.truth_ratio}, epsilon {settings.epsilon}",
         "rouge": f"ROUGE-L recall of the greedy answer, with stemming, {words}; an answer without words has none",
-        "paraphrased": "probability and ROUGE of the answer itself after the paraphrased question (paraphrased=true)",
+        "paraphrased": "probability and ROUGE of the answer itself after the paraphrased question (paraphrased=true),"
+        " a row's mean where it has several",
         "accuracy": "of multiple choices: how often the right one has the largest probability, end-of-sequence not counted;"
         " accuracy_norm: the largest log-probability over its characters; choice_probability: among the choices",
         "model_utility": "harmonic mean of the nine scores of retain, real_authors and real_world",

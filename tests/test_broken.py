@@ -230,7 +230,15 @@ DATA: dict[tuple[str, str, str], list[str]] = {  # the script, the file and its 
     ("evaluation_everything", "forget10_perturbed.json", ""): ["forget10_perturbed.json", "no rows"],
     ("evaluation_everything", "forget10_perturbed.json", rows(ROW)): ["forget10_perturbed", "'paraphrased_answer'"],
     ("evaluation_everything", "retain_perturbed.json", rows(PERTURBED | {"paraphrased_question": 1})): [
-        "'paraphrased_question' is a text, and not 1"
+        "retain_perturbed.json, row 1: 'paraphrased_question' is a text or a list of texts, and not 1"
+    ],
+    (
+        "evaluation_everything",
+        "forget10_perturbed.json",
+        rows(PERTURBED, PERTURBED | {"paraphrased_question": ["Where?", 1]}),
+    ): ["forget10_perturbed.json, row 2: 'paraphrased_question' is a text or a list of texts, and not ['Where?', 1]"],
+    ("tofu_evaluation", "forget10_perturbed.json", rows(PERTURBED | {"paraphrased_answer": ["Over there."]})): [
+        "forget10_perturbed.json, row 1: 'paraphrased_answer' is a text, and not ['Over there.']"
     ],
     ("evaluation_everything", "holdout10.json", "{"): ["holdout10.json, line 1", "not JSON"],
 }

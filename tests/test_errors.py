@@ -38,6 +38,9 @@ SET = "settings are key=value"
 TINY = "model_family=tiny model_path=model"  # in `place`: a folder that looks like a checkpoint of four layers
 GA = f"forget.py {TINY}"
 TOFU = f"tofu_evaluation.py {TINY} split=forget10"
+MINE = f"forget.py --config-dir=own {TINY} split=gone"
+OWN = "forget_data=two.jsonl retain_data=stay.jsonl"
+LOCAL = "no such file, and no set of benchmark=local; there are retain_data, forget_data\n"
 AGGREGATE = "--config-name=aggregate_eval_stat"
 
 CHECKED = [  # a command, and what its line needs to contain
@@ -110,7 +113,20 @@ CHECKED = [  # a command, and what its line needs to contain
     ),
     (f"robustness.py {TINY} split=forget10 attacks=relearn", ["attacks=relearn", "a list, [A,B,...]"]),
     (f"robustness.py {TINY} split=forget10 sample.k=[32]", ["sample.k=[32]", "sample.n=16"]),
+    (f"robustness.py {TINY} split=forget10 sample.k=[1,0]", ["sample.k=[1, 0]", "a list of whole numbers of at least 1"]),
+    (f"robustness.py {TINY} split=forget10 sample.k=[-1]", ["sample.k=[-1]", "a list of whole numbers of at least 1"]),
+    (f"robustness.py {TINY} split=forget10 quantize.bits=[0]", ["quantize.bits=[0]", "a list of whole numbers of at least 1"]),
     (f"robustness.py {TINY} split=forget10 relearn.data=nothing", ["relearn.data=nothing", "no such file", "forget10"]),
+    (f"robustness.py {TINY} split=forget10 relearn.data=empty", ["relearn.data=empty", "no such file", "forget10"]),
+    (f"robustness.py {TINY} split=forget10 relearn.data=blank.jsonl", ["relearn.data=blank.jsonl: no rows", "'answer'"]),
+    (f"robustness.py {TINY} split=forget10 relearn.data=broken.jsonl", ["relearn.data=broken.jsonl, line 3: not JSON"]),
+    (f"robustness.py {TINY} split=forget10 relearn.data=bare.jsonl", ["relearn.data=bare.jsonl, row 2: needs 'answer'"]),
+    (
+        f"robustness.py {TINY} split=forget10 relearn.data=goes_on.jsonl",
+        ["relearn.data=goes_on.jsonl, row 1: needs 'question' and 'answer'", "'prompt'"],
+    ),
+    (f"robustness.py {TINY} split=forget10 relearn.data=retain99 {OWN}", ["relearn.data=retain99", LOCAL]),
+    (f"robustness.py {TINY} split=forget10 relearn.data=full benchmark=local {OWN}", ["relearn.data=full", LOCAL]),
     ("robustness.py split=forget05", ["model_path", "folder"]),
     (f"robustness.py {TINY} split=full", ["split=full", SPLITS]),
     (f"{GA} dtype=float8", ["float8", "auto, float32, bfloat16"]),
@@ -187,7 +203,8 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} forget_data=two.jsonl retain_data=empty", ["retain_data=empty", "no such file"]),
     (f"{GA} forget_data=bare.jsonl retain_data=two.jsonl", ["bare.jsonl, row 2", "'answer'", "{'question': 'str'}"]),
     (f"{GA} forget_data=two.jsonl retain_data=broken.jsonl", ["broken.jsonl, line 3", "not JSON"]),
-    (f"{GA} forget_data=blank.jsonl retain_data=two.jsonl", ["blank.jsonl", "no rows", "'answer'"]),
+    (f"{GA} forget_data=blank.jsonl retain_data=two.jsonl", ["forget_data=blank.jsonl: no rows", "'answer'"]),
+    (f"{GA} forget_data=goes_on.jsonl retain_data=two.jsonl", ["goes_on.jsonl, row 1: needs 'question' and 'answer'"]),
     (f"{GA} forget_data=latin.jsonl retain_data=two.jsonl", ["latin.jsonl, line 1", "utf-8"]),
     ("finetune.py model_family=tiny retain_data=bare.jsonl", ["retain_data=bare.jsonl, row 2", "'answer'"]),
     ("finetune.py model_family=tiny split=retain90 forget_data=two.jsonl", ["forget_data", "retain_data=FILE", "split=full"]),
@@ -195,6 +212,24 @@ CHECKED = [  # a command, and what its line needs to contain
     (f"{GA} forget_data=two.jsonl retain_data=two.jsonl retain_holdout=2", ["retain_holdout=2", "2 rows"]),
     (f"{GA} split=forget01 batch_size=8", ["num_epochs=5 of 4 rows", "batch_size=8", "gradient_accumulation_steps=4"]),
     ("finetune.py model_family=tiny num_epochs=0.01", ["num_epochs=0.01 of 400 rows", "step of 16"]),
+    # a benchmark's YAML, and a method's, in a folder of one's own
+    (f"{MINE} benchmark=other", ["benchmark=other: its name is tofu; needs to be other, as its file is called"]),
+    (f"{MINE} benchmark=bare", ["benchmark=bare: its name is None; needs to be bare"]),
+    (
+        f"{MINE} benchmark=unsen",
+        ["unknown key 'benchmark.unlearn.gone.unsen'; benchmark.unlearn.gone has forget, retain, unseen"],
+    ),
+    (f"{MINE} benchmark=heldout", ["unknown key 'benchmark.heldout'; benchmark has name, data_path, ", "held_out, "]),
+    (f"{MINE} benchmark=set", ["unknown key 'benchmark.own.a.set'; benchmark.own.a has sets, score, against"]),
+    (f"{MINE} benchmark=one", ["benchmark.unlearn.gone.forget=full: needs to be a list, [A,B,...]"]),
+    (f"{MINE} benchmark=lacks", ["benchmark lacks finetune; its keys are name, data_path"]),
+    (f"{MINE} method=other", ["method=other: its name is ga; needs to be other"]),
+    (f"{GA} method=ga method.name=npo", ["method=ga: its name is npo; needs to be ga"]),
+    (
+        f"{GA} benchmark=wmdp benchmark.held_out.share=0.5",
+        ["benchmark.held_out.share=0.5: is set in the YAML of benchmark=wmdp"],
+    ),
+    (f"{GA} benchmark=wmdp +benchmark.piece=5", ["benchmark.piece=5: is set in the YAML of benchmark=wmdp"]),
     # basher1
     ("basher1.py xyz --model=tiny --setting=forget10", ["xyz", METHODS, "ins_npo", "rmu_LAYER"]),
     ("basher1.py npo_foo --model=tiny --setting=forget10", ["npo_foo", METHODS, f"_{' or _'.join(TERMS)}"]),
@@ -202,6 +237,7 @@ CHECKED = [  # a command, and what its line needs to contain
     ("basher1.py rmu_x --model=tiny --setting=forget10", ["rmu_x", "rmu_LAYER"]),
     ("basher1.py ga --model=lama --setting=forget10", ["lama", FAMILIES]),
     ("basher1.py ga --model=tiny --setting=forget20", ["forget20", SPLITS]),
+    ("basher1.py ga --model=tiny --setting=forget10 benchmark=tfou", ["benchmark=tfou: unknown; there are knowundo, local, "]),
     ("basher1.py ga --setting=forget10", ["--model", "--model=FAMILY"]),
     ("basher1.py ga --model=tiny", ["--setting", "forget01|forget05|forget10"]),
     ("basher1.py --model=tiny --setting=forget10", ["method", "METHOD"]),
@@ -247,6 +283,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "bare.jsonl": row + '{"question": "Where?"}\n',
         "broken.jsonl": row + '\n{"question": \n',
         "blank.jsonl": "\n",
+        "stay.jsonl": row * 4,
+        "own/method/other.yaml": (ROOT / "config/method/ga.yaml").read_text(),
+        "goes_on.jsonl": '{"prompt": "Where?", "gt": "There."}\n',
         "some_splits/full.json": row * 40,
         "some_splits/retain90.json": row,
         "log.json": json.dumps(one_row_log()),
@@ -258,6 +297,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         }
     for folder in ("torn", "in_part"):
         files[f"{folder}/config.json"] = files["model/config.json"]
+    gone = "{full: [full]}\nunlearn: {gone: {forget: [full], retain: [retain90]}}\n"
+    files |= {
+        f"own/benchmark/{name}.yaml": f"name: {name}\nfinetune: {gone}" for name in ("unsen", "heldout", "set", "one", "lacks")
+    }
+    for name, (here, there) in {
+        "unsen": ("retain:", "unsen:"),
+        "heldout": ("finetune", "heldout: {}\nfinetune"),
+        "set": ("finetune", "own: {a: {set: {rows: full}, score: {_target_: a.b}}}\nfinetune"),
+        "one": ("forget: [full]", "forget: full"),
+        "lacks": ("finetune: {full: [full]}\n", ""),
+    }.items():
+        files[f"own/benchmark/{name}.yaml"] = files[f"own/benchmark/{name}.yaml"].replace(here, there)
+    files["own/benchmark/other.yaml"] = f"name: tofu\nfinetune: {gone}"
+    files["own/benchmark/bare.yaml"] = f"finetune: {gone}"
     header = '{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     files["torn/model.safetensors"] = chr(len(header)) + "\0" * 7 + header
     files["in_part/model.safetensors.index.json"] = '{"weight_map": {"v": "model-1.safetensors", "w": "model-2.safetensors"}}'

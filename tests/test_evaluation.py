@@ -259,6 +259,23 @@ def test_paraphrased_questions_have_columns_of_their_own(place: Place, by_path: 
     assert "paraphrased_rouge" not in own["real_world"]  # has none
     [row] = read(tmp_path / "own/aggregate_stat.csv")
     assert float(row["Paraphrased Prob. Forget"]) == own["forget"]["paraphrased_probability"]
+    listed(place.data, tmp_path / "data")
+    evaluate(tofu_evaluation, tmp_path / "listed", **given, data_path=tmp_path / "data", paraphrased="true")
+    several = read(tmp_path / "listed/scores.json")["tofu"]
+    for name in ("forget", "retain"):
+        for kind in ("probability", "rouge"):
+            mean = (own[name][kind] + own[name][f"paraphrased_{kind}"]) / 2
+            assert several[name][f"paraphrased_{kind}"] == pytest.approx(mean, rel=1e-6)
+    log = read(tmp_path / "listed/eval_log_aggregated.json")["eval_log_forget.json"]
+    assert {len(log[key]["0"]) for key in log if key.startswith(("avg_paraphrased_q", "paraphrased_q"))} == {2}
+
+
+def listed(data: Path, to: Path) -> None:
+    """The rows with lists of paraphrased questions: the question itself, and the one that it has."""
+    for name in ("forget10_perturbed", "retain_perturbed"):
+        rows = [json.loads(line) for line in (data / f"{name}.json").open()]
+        asked = [row | {"paraphrased_question": [row["question"], row["paraphrased_question"]]} for row in rows]
+        (to / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in asked))
 
 
 # ---- two logs and no model ----
@@ -400,6 +417,16 @@ def test_everythings_tables(everything: Path) -> None:
         "tokenizer",
     }
     assert "ps_exact" in found["definitions"]
+
+
+def test_the_mean_over_several_paraphrases(everything: Path, place: Place, tmp_path: Path) -> None:
+    shutil.copytree(place.data, tmp_path / "data")
+    listed(place.data, tmp_path / "data")
+    words: dict[str, Any] = {"model_path": place.run / "checkpoint-3", "data_path": tmp_path / "data", "control": "false"}
+    evaluate(evaluation_everything, tmp_path, **words)
+    for row, of_one in zip(read(tmp_path / "ps_rows.csv"), read(everything / "ps_rows.csv"), strict=True):
+        assert row["exact"] == of_one["exact"]
+        assert float(row["perturb"]) == pytest.approx((float(of_one["exact"]) + float(of_one["perturb"])) / 2)
 
 
 def test_gradient_norms_where_they_are_asked_for(everything: Path, place: Place, tmp_path: Path) -> None:

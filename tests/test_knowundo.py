@@ -104,4 +104,4 @@ def test_a_retain_models_split_needs_no_name(place: Path) -> None:
     (place / "half").mkdir()
     (place / "half/unlearn_train.json").write_text('[{"text": "Who?"}]')
     wrong = run_in(place, f"python forget.py {HERE} data_path=half split=privacy".replace("data_path=few ", ""), check=False)
-    assert "unlearn_train.json, row 1: needs 'answer', and has {'question': 'str'}" in wrong.stderr
+    assert "unlearn_train.json, row 1: needs 'labels', and has {'text': 'str'}" in wrong.stderr

@@ -379,6 +379,10 @@ def test_other_rows_and_a_share_of_them(place: Place, tmp_path: Path) -> None:
     words = [f"model_path={place.run}/checkpoint-3", f"relearn.data={file}", "attacks=[relearn]", "ds_size=2"]
     robustness.run(given("robustness", ["max_new_tokens=4", *words, f"save_dir={tmp_path}/out"]))
     assert [line["setting"] for line in lines_of(tmp_path / "out")] == ["step 0", "step 1"]
+    called = ["columns.question=stem", f"relearn.data={tmp_path}/stems.jsonl"]
+    (tmp_path / "stems.jsonl").write_text(file.read_text().replace('"question"', '"stem"'))
+    named = half.model_copy(update={key: getattr(given("robustness", called), key) for key in ("columns", "relearn")})
+    assert [row["question"] for row in relearned_rows(named)] == [row["question"] for row in relearned_rows(settings)]
     file.write_text((place.data / "forget10.json").read_text())
     with pytest.raises(ValueError, match=r"other settings: relearn.data=.*other.jsonl \(\w{8}\) there, .*other.jsonl \("):
         robustness.run(given("robustness", ["max_new_tokens=4", *words, f"save_dir={tmp_path}/out"]))
@@ -410,6 +414,25 @@ def test_what_an_answer_begins_with_stands_in_the_prompt() -> None:
     assert prompt_and_answer(row | {"answer_start": ""}, tokenizer, family) == (prompt("Who?"), "Ada")
 
 
+def test_several_paraphrases_to_a_question(done: Path, place: Place, tmp_path: Path) -> None:
+    """A row's list of them is asked by each; a row that has fewer is left out of the ways that it lacks."""
+    shutil.copytree(place.data, tmp_path / "data")
+    rows = [json.loads(line) for line in (place.data / "forget10_perturbed.json").open()]
+    for row in rows[1:]:
+        row["paraphrased_question"] = [row["paraphrased_question"], row["question"]]
+    (tmp_path / "data/forget10_perturbed.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"model_path={place.run}/checkpoint-3", f"data_path={tmp_path}/data", "attacks=[paraphrase]"]
+    attacked(tmp_path / "out", *words)
+    [first] = lines_of(done, model="unlearned", attack="paraphrase", setting="1")
+    found = {line["setting"]: line for line in lines_of(tmp_path / "out")}
+    assert list(found) == ["plain", "1", "2", "mean", "worst"]
+    assert float(found["1"]["forget_loss"]) == pytest.approx(float(first["forget_loss"]), rel=1e-5)
+    assert found["2"]["rows"] == "5"
+    told = rows_of(tmp_path / "out", "paraphrase")
+    plain, second = ([row["loss"] for row in told if row["way"] == way] for way in ("plain", "2"))
+    assert second == pytest.approx(plain[1:], rel=1e-5)  # asked by the question itself
+
+
 # ---- what a user gets wrong ----
 
 
@@ -428,7 +451,16 @@ def test_what_an_answer_begins_with_stands_in_the_prompt() -> None:
         ("relearn.share=0", "relearn.share=0: needs to be a number above 0 and at most 1"),
         ("relearn.optim=foo", "relearn.optim=foo: needs to be one of adamw_torch_fused"),
         ("relearn.optim=adamw_torch_8bit", "optim=adamw_torch_8bit: is of torchao, which is not installed"),
-        ("relearn.data=nothing", "relearn.data=nothing: no such file, and no set of the benchmark .*there are forget10, "),
+        (
+            "relearn.data=nothing",
+            "relearn.data=nothing: no such file, and no set of benchmark=tofu; there are forget10, forget10_perturbed, full, ",
+        ),
+        (
+            "relearn.data=few/nothing.json",
+            "relearn.data=few/nothing.json: no such file, and no set of .*; there are forget10, ",
+        ),
+        ("sample.k=[0]", r"sample.k=\[0\]: needs to be a list of whole numbers of at least 1, \[A,B,...\]$"),
+        ("sample.k=[]", r"sample.k=\[\]: needs to be a list of whole numbers of at least 1, \[A,B,...\]$"),
         ("prefix.templates=nothing.yaml", "prefix.templates=nothing.yaml: no such file"),
         ("paraphrase.columns=[other]", r"paraphrase.columns=\['other'\]: no row of split=forget10 has one; they have answer"),
         ("paraphrase.columns=[perturbed]", r"paraphrase.columns=\['perturbed'\]: no row of split=forget10"),

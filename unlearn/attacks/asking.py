@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from unlearn.io.rows import texts_in
+
 STARTED = "answer_start"  # of a row: what the answer begins with, which stands in the prompt
 SHARE = 4  # one of so many words of an answer is given
 
@@ -52,9 +54,7 @@ def first_words(answer: str) -> tuple[str, str]:
 
 def rephrased(row: Mapping[str, Any], columns: Sequence[str]) -> list[dict[str, Any]]:
     """The row asked by each paraphrased question that its columns have, a text or a list of texts each."""
-    found = [row.get(column) or [] for column in columns]
-    texts = [text for of in found for text in ([of] if isinstance(of, str) else of)]
-    return [dict(row) | {"question": text} for text in texts]
+    return [dict(row) | {"question": text} for column in columns for text in texts_in(row, column)]
 
 
 def worst(values: ArrayLike, lowest: bool = False) -> float:

@@ -6,13 +6,11 @@ import codecs
 import csv
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unlearn.io.files import write_whole
-
-if TYPE_CHECKING:
-    pass
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -53,6 +51,12 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     if not found:
         raise ValueError(f"{path}: no rows; needs lines of JSON with the texts 'question' and 'answer'")
     return [row for _, row in found]
+
+
+def texts_in(row: Mapping[str, Any], column: str) -> list[str]:
+    """The texts of a column that has one or a list of them; none where the row lacks it."""
+    found = row.get(column) or []
+    return [found] if isinstance(found, str) else list(found)
 
 
 def _lines(path: str | Path, text: bytes) -> list[tuple[str, Any]]:

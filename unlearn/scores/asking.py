@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from unlearn.io.rows import texts_in
 from unlearn.objectives.rows import Row
 from unlearn.passes.decoding import MAX_LENGTH, greedy_answers
 from unlearn.passes.forcing import Forced, Pass, prompt_length, teacher_force
 from unlearn.scores import definitions as scores
 
 Tokenize = Callable[[Sequence[Mapping[str, Any]]], list[Row]]
+PARAPHRASED = "paraphrased_question"  # of a row: a text, or a list of texts
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def measure_task(
         answers: also what the model answers; without, the log has the losses, and empty texts.
         max_length, max_new_tokens: of the greedy answers (see `greedy_answers`).
         rouge_tokenizer: see `scores.rouge_recalls`; a row whose answer has no word for it has the recall None.
-        paraphrased: also the answer's loss, and what the model answers, after `paraphrased_question`, where all rows have it.
+        paraphrased: also the answer's loss, and what the model answers, after `paraphrased_question`, where all rows have it;
+            of a row with a list of these, lists.
     """
     texts = [
         [row["answer"], row.get("paraphrased_answer") or row["answer"], *(row.get("perturbed_answer") or ())] for row in rows
@@ -92,7 +95,7 @@ def measure_task(
             log["normalized_gt_loss"] = [-float(np.log(p)) if p else float("inf") for p in among]
     if rows and all("choices" in row for row in rows):
         log |= _choices(rows, [[of[0], *of[2:]] for of in of_row])
-    if paraphrased and rows and all(row.get("paraphrased_question") for row in rows):
+    if paraphrased and rows and all(texts_in(row, PARAPHRASED) for row in rows):
         limits = (max_length, max_new_tokens) if answers else None
         log |= _paraphrased(how, tokenizer, rows, tokenize, limits, what, rouge_tokenizer)
     return {key: {str(i): value for i, value in enumerate(values)} for key, values in log.items()}
@@ -116,15 +119,22 @@ def _paraphrased(
     rouge_tokenizer: str,
 ) -> dict[str, list[Any]]:
     """The answer's loss after the paraphrased question; and what the model answers there, `limits` of tokens at most."""
-    again = tokenize([dict(row) | {"question": row["paraphrased_question"]} for row in rows])
+    asked = [dict(row) | {"question": text} for row in rows for text in texts_in(row, PARAPHRASED)]
+    again = tokenize(asked)
     forced = teacher_force(how, again, what=f"{what} losses, paraphrased")
     found: dict[str, list[Any]] = {"avg_paraphrased_question_loss": [one.loss for one in forced]}
     if limits is not None:
         said = greedy_answers(how, again, tokenizer, forced, *limits, what=f"{what} answers, paraphrased")
-        recalls = scores.rouge_recalls(said, [row["answer"] for row in rows], rouge_tokenizer)["rougeL"]
+        recalls = scores.rouge_recalls(said, [row["answer"] for row in asked], rouge_tokenizer)["rougeL"]
         found["paraphrased_question_text"] = said
         found["paraphrased_question_rougeL_recall"] = [None if np.isnan(recall) else recall for recall in recalls]
-    return found
+    return {key: _by_row(values, [row[PARAPHRASED] for row in rows]) for key, values in found.items()}
+
+
+def _by_row(values: Sequence[Any], asked: Sequence[str | Sequence[str]]) -> list[Any]:
+    """Each row's value, or the list of its values where it is asked by a list of questions."""
+    of = iter(values)
+    return [next(of) if isinstance(texts, str) else [next(of) for _ in texts] for texts in asked]
 
 
 def _choices(rows: Sequence[Mapping[str, Any]], forced: Sequence[Sequence[Forced]]) -> dict[str, list[Any]]:

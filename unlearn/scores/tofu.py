@@ -87,8 +87,8 @@ def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> 
         if name not in REAL:
             found[name]["probability"] = scores.mean(scores.probability(losses))
         if "avg_paraphrased_question_loss" in task:
-            again = [task["avg_paraphrased_question_loss"][row] for row in rows]
-            found[name]["paraphrased_probability"] = scores.mean(scores.probability(again))
+            again = [scores.mean(scores.probability([task["avg_paraphrased_question_loss"][row]])) for row in rows]
+            found[name]["paraphrased_probability"] = scores.mean(again)
             found[name]["paraphrased_rouge"] = _mean_recall(task, rows, "paraphrased_question_rougeL_recall")
         if "choice_loss" in task:
             found[name] |= _of_choices(task, rows)
@@ -99,8 +99,8 @@ def aggregate(log: Log, definition: str = "geometric", epsilon: float = 0.0) -> 
 
 
 def _mean_recall(task: Mapping[str, Any], rows: list[str], key: str) -> float:
-    """The mean over the rows whose answer has a word."""
-    return scores.mean([float("nan") if (recall := task[key][row]) is None else recall for row in rows])
+    """The mean over the rows whose answer has a word, of a row with a list of recalls of their mean."""
+    return scores.mean([scores.mean([task[key][row]]) for row in rows])
 
 
 def _of_choices(task: Mapping[str, Any], rows: list[str]) -> dict[str, float]:
