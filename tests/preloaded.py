@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import importlib
 import pkgutil
-from io import BytesIO
+import tempfile
+from pathlib import Path
 
 LIBRARIES = (
     *("torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict"),
@@ -29,15 +30,16 @@ for package in ("app", "unlearn"):
 
 from app.compose import given  # noqa: E402
 from app.families import load_families  # noqa: E402
-from unlearn.reporting.style import STYLE, mpl, new_figure  # noqa: E402
+from unlearn.reporting.style import STYLE, SYMBOLS, mpl, new_figure, save  # noqa: E402
 
 for command in ("finetune", "forget", "forget_ge", "eval_tofu", "eval_everything"):
     given(command, ["model_family=tiny"])  # so that the parsers of settings have their tables
 for words in ("method=npo retain=kl", "method=wga retain=gd", "method=idk"):
     given("forget", words.split())
 load_families()
-with mpl.rc_context(STYLE):
-    for kind in ("pdf", "png"):
-        new_figure(1).savefig(BytesIO(), format=kind)
+with mpl.rc_context(STYLE), tempfile.TemporaryDirectory() as drawn:
+    figure = new_figure(1)
+    figure.subplots().set_title(SYMBOLS["retain"])  # with the fonts, and what reads mathematics
+    save(figure, Path(drawn, "figure"))
 gc.collect()
 gc.freeze()  # so that a command's collections don't go through all of this

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
+import zlib
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from fontTools.ttLib import TTFont
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from unlearn.reporting import figures, style
@@ -127,6 +132,34 @@ def test_symlog_ticks_are_few_symmetric_and_in_range(decades: int, per_side: int
     assert 3 <= len(ticks) <= 2 * per_side + 1
     assert max(ticks) == pytest.approx(10.0 ** (decades - 3))
     assert min(tick for tick in ticks if tick > 0) >= 0.99e-3
+
+
+def test_powers_of_ten_are_written_as_text() -> None:
+    assert [style.power_text(value) for value in (-1e-12, -1.0, 0.0, 1.0, 10.0, 1e3)] == [
+        "\N{MINUS SIGN}10⁻¹²",
+        "\N{MINUS SIGN}1",
+        "0",
+        "1",
+        "10¹",
+        "10³",
+    ]
+
+
+def test_numbers_beside_an_axis_are_matplotlibs_as_text() -> None:
+    with figures.mpl.rc_context(style.STYLE):
+        figure = style.new_figure(2)
+        for axes, height in zip(figure.subplots(1, 3), (0.5, 3e6, 2e-7), strict=True):
+            axes.set(ylim=(-height, height), yticks=[-height, 0, height])
+        figure.draw_without_rendering()
+        before = [[text.get_text() for text in axes.get_yticklabels()] for axes in figure.axes]
+        scales = [axes.yaxis.get_offset_text().get_text() for axes in figure.axes]
+        style.lay_out(figure)
+        figure.draw_without_rendering()
+    after = [[text.get_text() for text in axes.get_yticklabels()] for axes in figure.axes]
+    assert [[f"$\\mathdefault{{{text}}}$" for text in texts] for texts in after] == before
+    assert [axes.yaxis.get_offset_text().get_text() for axes in figure.axes] == scales
+    assert scales[0] == ""
+    assert "10" in scales[1]
 
 
 def test_layers_come_in_the_models_order() -> None:
@@ -333,6 +366,28 @@ def test_a_sweep_is_a_line_a_method(drawn: dict[str, Figure]) -> None:
 
 
 # Files
+
+
+def test_both_files_have_one_layout_and_the_pdf_fonts_of_letters_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid_out: list[Figure] = []
+    execute = ConstrainedLayoutEngine.execute
+
+    def count(engine: ConstrainedLayoutEngine, figure: Figure) -> None:
+        laid_out.append(figure)
+        execute(engine, figure)
+
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", count)
+    with figures.mpl.rc_context(style.STYLE):
+        pdf, _ = style.save(figure := figures_of(folder)["instances"], tmp_path / "it")
+    assert laid_out == [figure]
+    streams = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf.read_bytes(), re.DOTALL)
+    fonts = [TTFont(BytesIO(data)) for data in map(zlib.decompress, streams) if data[:4] == b"\0\1\0\0"]
+    assert len(fonts) == 2  # upright, and slanted for e_u and e_r
+    for font in fonts:
+        assert {"glyf", "hmtx", "loca"} <= set(font.keys())
+        assert not {"GSUB", "GPOS", "GDEF"} & set(font.keys())
 
 
 def test_the_command_writes_whole_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from math import ceil, floor, log10
 from pathlib import Path
@@ -17,7 +18,7 @@ from matplotlib.axis import Axis, XAxis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, ScalarFormatter
 from pandas import DataFrame
 
 from unlearn.io.files import written_beside
@@ -51,6 +52,9 @@ WIDE, NARROW = 6.9, 3.3  # inches: both columns of a page, and one
 
 DPI = 200
 
+
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 logging.getLogger("fontTools").setLevel(logging.ERROR)  # a warning of the font's dates for each PDF, where others set up logs
 
 
@@ -65,23 +69,68 @@ STYLE: Any = {  # matplotlib's parameters
     "lines.markersize": 3.5,
     "legend.frameon": False,
     "pdf.fonttype": 42,  # TrueType: text stays text, as publishers ask
+    "ps.fonttype": 42,  # matplotlib asks it for PDFs, too: with 3 they have a font twice, for letters from 256 on
     "text.hinting": "no_hinting",  # letters as wide in the PNG as in the PDF
 }
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write the figure as stem.pdf and stem.png, each whole or absent; the same figure gives the same bytes."""
+    """Write the figure as stem.pdf and stem.png, each whole or absent; the same figure gives the same bytes.
+
+    It is laid out here, once for both, and stays as it is then.
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
+    lay_out(figure)
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("pdf", "png")]
     for file in files:
         metadata = {"CreationDate": None} if file.suffix == ".pdf" else None
         drawn = BytesIO()  # on a full disk matplotlib's own writing ends in an error of another kind
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), letters_alone():
             warnings.filterwarnings("ignore", "Glyph .* missing from")  # a method's name may hold anything
             figure.savefig(drawn, format=file.suffix[1:], dpi=DPI, metadata=metadata)
         with written_beside(file) as beside:
             beside.write_bytes(drawn.getvalue())
     return files
+
+
+def lay_out(figure: Figure) -> None:
+    """Give everything its place, at the PNG's resolution: matplotlib would do it for each file, and draw twice for it."""
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if type(axis.get_major_formatter()) is ScalarFormatter:
+            axis.set_major_formatter(NumberText())
+    if (engine := figure.get_layout_engine()) is None:
+        return
+    figure.set_dpi(DPI)
+    with warnings.catch_warnings(), mpl.rc_context({"figure.autolayout": False, "figure.constrained_layout.use": False}):
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
+@contextmanager
+def letters_alone() -> Iterator[None]:
+    """Fonts go into PDFs without the tables that lay text out, most of the work: letters have their places by then."""
+    from fontTools import subset
+
+    load = subset.load_font
+
+    def load_some(file: Any, options: Any, *more: Any, **named: Any) -> Any:
+        options.drop_tables += ["GSUB", "GPOS", "GDEF", "kern", "MATH"]
+        return load(file, options, *more, **named)
+
+    subset.load_font = load_some
+    try:
+        yield
+    finally:
+        subset.load_font = load
+
+
+class NumberText(ScalarFormatter):
+    """Numbers beside an axis as matplotlib writes them, but for being text: mathematics is ten times as long in drawing."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The number at `x`."""
+        return super().__call__(x, pos).removeprefix(r"$\mathdefault{").removesuffix("}$")
 
 
 def evenly(steps: Sequence[int], most: int) -> list[int]:
@@ -130,8 +179,12 @@ def largest(values: Any) -> float:
 
 
 def power_text(value: float, _: int | None = None) -> str:
-    """0 or a signed power of ten, as mathematics."""
-    return "0" if value == 0 else rf"${'-' if value < 0 else ''}10^{{{round(log10(abs(value)))}}}$"
+    """0, 1 or a signed power of ten, in text: see `NumberText`."""
+    if value == 0:
+        return "0"
+    power = round(log10(abs(value)))
+    size = "10" + str(power).translate(RAISED) if power else "1"
+    return "\N{MINUS SIGN}" + size if value < 0 else size
 
 
 def fit_scale(axis: Axis, values: Any, per_side: int = 3) -> None:
