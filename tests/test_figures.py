@@ -7,7 +7,6 @@ import subprocess
 import sys
 import warnings
 import zlib
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from fontTools.ttLib import TTFont
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -368,9 +366,7 @@ def test_a_sweep_is_a_line_a_method(drawn: dict[str, Figure]) -> None:
 # Files
 
 
-def test_both_files_have_one_layout_and_the_pdf_fonts_of_letters_alone(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_files_have_one_layout(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     laid_out: list[Figure] = []
     execute = ConstrainedLayoutEngine.execute
 
@@ -383,11 +379,8 @@ def test_both_files_have_one_layout_and_the_pdf_fonts_of_letters_alone(
         pdf, _ = style.save(figure := figures_of(folder)["instances"], tmp_path / "it")
     assert laid_out == [figure]
     streams = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf.read_bytes(), re.DOTALL)
-    fonts = [TTFont(BytesIO(data)) for data in map(zlib.decompress, streams) if data[:4] == b"\0\1\0\0"]
+    fonts = [data for data in map(zlib.decompress, streams) if data[:4] == b"\0\1\0\0"]
     assert len(fonts) == 2  # upright, and slanted for e_u and e_r
-    for font in fonts:
-        assert {"glyf", "hmtx", "loca"} <= set(font.keys())
-        assert not {"GSUB", "GPOS", "GDEF"} & set(font.keys())
 
 
 def test_the_command_writes_whole_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from io import BytesIO
 from math import ceil, floor, log10
 from pathlib import Path
@@ -85,7 +84,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     for file in files:
         metadata = {"CreationDate": None} if file.suffix == ".pdf" else None
         drawn = BytesIO()  # on a full disk matplotlib's own writing ends in an error of another kind
-        with warnings.catch_warnings(), letters_alone():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from")  # a method's name may hold anything
             figure.savefig(drawn, format=file.suffix[1:], dpi=DPI, metadata=metadata)
         with written_beside(file) as beside:
@@ -105,24 +104,6 @@ def lay_out(figure: Figure) -> None:
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         engine.execute(figure)
         figure.set_layout_engine(None)
-
-
-@contextmanager
-def letters_alone() -> Iterator[None]:
-    """Fonts go into PDFs without the tables that lay text out, most of the work: letters have their places by then."""
-    from fontTools import subset
-
-    load = subset.load_font
-
-    def load_some(file: Any, options: Any, *more: Any, **named: Any) -> Any:
-        options.drop_tables += ["GSUB", "GPOS", "GDEF", "kern", "MATH"]
-        return load(file, options, *more, **named)
-
-    subset.load_font = load_some
-    try:
-        yield
-    finally:
-        subset.load_font = load
 
 
 class NumberText(ScalarFormatter):
