@@ -35,7 +35,10 @@ def beside(out: Path, name: str, runs: Sequence[Run], table: DataFrame | None) -
     table = DataFrame(columns=["run"]) if table is None else table
     if (file := out / f"{name}.csv").exists():
         there = pd.read_csv(file, dtype=TEXTS)
-        others = there[~there["run"].isin([run.name for run in runs])]
+        given = there["run"].isin([run.name for run in runs])
+        for run in there["run"][given].unique():
+            print(f"{file}: {run}: in place of what was there")
+        others = there[~given]
         table = pd.concat([others, table], ignore_index=True) if len(table) else others
     return table.sort_values("run", kind="stable")
 
@@ -68,7 +71,7 @@ def runs(folders: Sequence[str], out: Path) -> None:
 
     Raises:
         ValueError: a folder is no run's, two runs differ in nothing that a study tells apart, or all are not of one family,
-            split and precision.
+            data and precision.
     """
     found = named(find_runs(folders))
     given = lines_of(found)
@@ -110,8 +113,8 @@ def predict(out: Path) -> None:
 
 def order(sweeps: Sequence[str], out: Path) -> None:
     """order.csv: do the points of sweeps, of one step or more each, stand in the order of the runs that followed them?"""
-    stopped = rates.stopped(read_table(out, "lines"))
     points = pd.concat([report_tables.read(Path(sweep)) for sweep in sweeps], ignore_index=True)
+    stopped = rates.stopped(read_table(out, "lines"))
     write_table(out, "order_points", ordering.beside(points, stopped))
     write_table(out, "order", ordering.compared(points, stopped))
 
@@ -147,7 +150,10 @@ def with_kinds(run: Run, table: DataFrame) -> DataFrame:
     rows = [row for name in data.benchmark.unlearn[split].forget for row in data.rows(name)]
     beside = set_with_perturbed(data, split, "forget", rows)
     if not all({"perturbed_answer", "paraphrased_answer"} <= row.keys() for row in beside):
-        raise ValueError(f"{run.folder}: the rows of {split} have no perturbed and paraphrased answers, which tell facts apart")
+        rows_of = settings.get("forget_data") or split
+        raise ValueError(
+            f"{run.folder}: the rows of {rows_of} have no perturbed and paraphrased answers, which tell facts apart"
+        )
     found = []
     for (_, row), tokens in table.groupby(["step", "row"], sort=False):
         tokens = tokens.sort_values("position")

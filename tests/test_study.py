@@ -135,6 +135,14 @@ def test_what_foretells_exactly_has_a_rho_of_1() -> None:
     assert set(found["kind"]) == {"G-effect", "rival"}
 
 
+def test_what_has_come_is_not_foretold() -> None:
+    table = lines(1, steps=5).assign(forget_loss=[0, 0.2, 0.6, 0.4, 0.9], retain_ps=[1, 1, 1, 0.95, 0.5])
+    table["forget_ps"] = [1, 0.8, 0.4, 0.2, 0.1]  # stopped at step 15
+    known = prediction.table(table, rates.stopped(table)).set_index("step")
+    assert known["price"].notna().tolist() == [True, True, False, False]
+    assert known["forget_ps_stopped"].notna().tolist() == [True, True, True, False]
+
+
 def test_a_start_is_that_of_the_same_objective() -> None:
     table = lines(4)
     table.loc[table["run"].isin(["run1", "run3"]), "e_u"] = np.nan
@@ -260,7 +268,7 @@ def test_a_study_is_of_one_split(place: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(studying, "draw", lambda *_: None)
     studying.runs([str(first)], place / "of_one")
     before = (place / "of_one/lines.csv").read_text()
-    with pytest.raises(ValueError, match="runs of forget05 and forget10: a study is of one split; give another --out"):
+    with pytest.raises(ValueError, match="runs of forget05 and forget10: a study has one data; give another --out"):
         studying.runs([str(run)], place / "of_one")
     assert (place / "of_one/lines.csv").read_text() == before
     with pytest.raises(ValueError, match="both are 'wga, lr=3e-05, epochs=1, seed=42'"):
@@ -289,6 +297,7 @@ def test_order_and_words(place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        ("order nothere.csv --out tests", "nothere.csv: is not called as a table of the G-effect is: "),
         ("other --out x", "invalid choice: 'other'"),
         ("runs --out x", "runs: 0 given; usage"),
         ("predict --out nowhere", "nowhere/lines.csv: no such file; `study.py runs"),

@@ -55,7 +55,8 @@ def read(file: Path) -> DataFrame:
     Raises:
         ValueError: it is not readable, lacks a column, or holds what it cannot hold.
     """
-    columns = TABLES[file.name]
+    if (columns := TABLES.get(file.name)) is None:
+        raise ValueError(f"{file}: is not called as a table of the G-effect is: {', '.join(TABLES)}")
     wanted = list(dict.fromkeys(columns.keys + columns.values))
     try:
         table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=str, keep_default_na=False)

@@ -31,8 +31,13 @@ PANELS = {
     "forget_ps": "forget PS",
     "retain_ps": "held-out retain PS",
 }
-FORETOLD = {"forget_rise_end": "forget loss still to rise", "retain_rise_end": "retain loss still to rise"}
-FORETOLD |= {"forget_ps_stopped": "forget PS where stopped", "price": "price"}
+FORETOLD = {
+    "forget_rise_end": "forget loss\nstill to rise",
+    "retain_rise_end": "retain loss\nstill to rise",
+    "forget_ps_stopped": "forget PS\nwhere stopped",
+    "retain_ps_end": "retain PS\nat the end",
+    "price": "price",
+}
 ATTACKS = {"relearn": "trained again on the forget rows", "quantize": "quantised"}
 
 

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 from pandas import DataFrame
 from scipy.stats import rankdata
 
+from unlearn.study.rates import RISE
+
 Array = NDArray[np.float64]
 
 GEFFECT = ("e_u", "e_r", "cos_u", "cos_r", "lr_e_u", "lr_e_r", "update_u", "update_r")
@@ -25,7 +27,9 @@ def table(lines: DataFrame, ends: DataFrame) -> DataFrame:
     Returns:
         `lines` and, known at the step, lr_e_u, lr_e_r (lr times e), forget_rise, retain_rise (loss there less loss at step 0,
         nats a token). What comes is in forget_rise_end, retain_rise_end (loss at the end less loss there), forget_ps_end,
-        retain_ps_end, forget_ps_stopped and price, those of `rates.stopped`. The last step is left out, as nothing follows.
+        retain_ps_end, forget_ps_stopped and price, those of `rates.stopped`; NaN where it has come already: at and after the
+        step at which the run is stopped, and once the forget loss has risen by what a price is of. The last step is left out,
+        as nothing follows.
     """
     found = with_starts(lines.sort_values(["run", "step"]).reset_index(drop=True))
     of_run = found.groupby("run", sort=False)
@@ -38,7 +42,10 @@ def table(lines: DataFrame, ends: DataFrame) -> DataFrame:
         if f"e_{letter}" in found:
             found[f"lr_e_{letter}"] = found["lr"] * found[f"e_{letter}"]
     of_ends = ends.set_index("run")
-    found["forget_ps_stopped"], found["price"] = (found["run"].map(of_ends[name]) for name in ("forget_ps", "price"))
+    ends_at, stopped, price = (found["run"].map(of_ends[name]) for name in ("step", "forget_ps", "price"))
+    found["forget_ps_stopped"] = stopped.where(found["step"] < ends_at)
+    risen = (found["forget_rise"] >= RISE).groupby(found["run"]).cummax()
+    found["price"] = price.where(~risen)
     return found[found["step"] < of_run["step"].transform("max")]
 
 

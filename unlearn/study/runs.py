@@ -13,7 +13,7 @@ from unlearn.reporting import report_tables
 from unlearn.reporting.report_tables import Run
 from unlearn.reporting.tables import read
 
-OF_STUDY = {"model_family": "family", "split": "split", "precision": "precision"}  # the same of all runs of a study
+OF_STUDY = {"model_family": "family", "data": "data", "precision": "precision"}  # the same of all runs of a study
 SETTINGS = OF_STUDY | {"lr": "lr", "hyper_param": "hyper", "num_epochs": "epochs", "seed": "seed"}
 RUN = ["run", "method", *SETTINGS.values()]
 SCORES = {
@@ -45,18 +45,25 @@ def name_of(run: Run) -> str:
     return ", ".join([run.method or run.name, *(f"{name}={value}" for name, value in of.items() if value is not None)])
 
 
+def data_of(run: Run) -> str | None:
+    """The files of one's own rows, else the split."""
+    files = [str(file) for key in ("forget_data", "retain_data") if (file := run.record.get(key)) is not None]
+    return "+".join(files) or run.record.get("split")
+
+
 def check_alike(lines: DataFrame) -> None:
-    """Raises ValueError where a table of lines has runs of several families, splits or precisions."""
+    """Raises ValueError where a table of lines has runs of several families, data or precisions."""
     for name in (name for name in OF_STUDY.values() if name in lines):
         if len(several := sorted(map(str, lines[name].dropna().unique()))) > 1:
-            raise ValueError(f"runs of {' and '.join(several)}: a study is of one {name}; give another --out for the others")
+            raise ValueError(f"runs of {' and '.join(several)}: a study has one {name}; give another --out for the others")
 
 
 def lines_of(runs: Iterable[Run]) -> DataFrame:
     """The table of these runs.
 
     Columns:
-        run, method, family, split, precision, lr, hyper, epochs, seed: the run (hyper NaN: the method's default).
+        run, method, family, data (the split, or files of one's own), precision, lr, hyper, epochs, seed: the run (hyper NaN:
+            the method's default).
         step: at which `eval.every` has scored it.
         forget_loss, retain_loss (nats a token), forget_ps, retain_ps: the scores there.
         e_u, e_r, cos_u, cos_r, norm: the G-effects there, their cosines, and the norm of the objective's gradient.
@@ -83,7 +90,7 @@ def of_run(run: Run) -> DataFrame | None:
     for found in (effects(run), monitored(run, table["step"]), logged(run, table["step"])):
         if found is not None:
             table = table.merge(found, on="step", how="left")
-    settings = {name: run.record.get(key) for key, name in SETTINGS.items()}
+    settings = {name: run.record.get(key) for key, name in SETTINGS.items()} | {"data": data_of(run)}
     line = {"run": run.name, "method": run.method or run.name} | settings
     for place, name in enumerate(RUN):
         table.insert(place, name, line[name])
