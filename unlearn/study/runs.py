@@ -62,8 +62,8 @@ def lines_of(runs: Iterable[Run]) -> DataFrame:
     """The table of these runs.
 
     Columns:
-        run, method, family, data (the split, or files of one's own), precision, lr, hyper, epochs, seed: the run (hyper NaN:
-            the method's default).
+        run, method, lr, hyper, epochs, seed: the run (hyper NaN: the method's default).
+        family, data, precision: what is the same of all runs of a study (data: the split, or the files of one's own).
         step: at which `eval.every` has scored it.
         forget_loss, retain_loss (nats a token), forget_ps, retain_ps: the scores there.
         e_u, e_r, cos_u, cos_r, norm: the G-effects there, their cosines, and the norm of the objective's gradient.
