@@ -43,13 +43,16 @@ def beside(out: Path, name: str, runs: Sequence[Run], table: DataFrame | None) -
     return table.sort_values("run", kind="stable")
 
 
-def add_to(out: Path, name: str, runs: Sequence[Run], table: DataFrame | None) -> DataFrame:
-    """The table `beside`, written and read back, so that what is made of it does not depend on which runs were added when."""
-    found = beside(out, name, runs, table)
-    if not len(found):
-        return found
-    write_table(out, name, found)
+def put(out: Path, name: str, table: DataFrame) -> DataFrame:
+    """The table, written and read back, so that what is made of it does not depend on which runs were added when."""
+    if not len(table):
+        return table
+    write_table(out, name, table)
     return pd.read_csv(out / f"{name}.csv", dtype=TEXTS)
+
+
+def add_to(out: Path, name: str, runs: Sequence[Run], table: DataFrame | None) -> DataFrame:
+    return put(out, name, beside(out, name, runs, table))
 
 
 def draw(out: Path, name: str, drawing: Callable[[DataFrame], Figure | None], table: DataFrame) -> None:
@@ -74,9 +77,9 @@ def runs(folders: Sequence[str], out: Path) -> None:
             data and precision.
     """
     found = named(find_runs(folders))
-    given = lines_of(found)
-    check_alike(beside(out, "lines", found, given))
-    lines = add_to(out, "lines", found, given)
+    lines = beside(out, "lines", found, lines_of(found))
+    check_alike(lines)
+    lines = put(out, "lines", lines)
     stopped = write_table(out, "rates", rates.stopped(lines))
     draw(out, "seeds", figures.seeds, write_table(out, "seeds", rates.over_seeds(stopped, fewest=2)))
     write_claims(found, out, lines)
