@@ -19,7 +19,7 @@ from app import studying
 from app.compose import given
 from app.measuring import entries
 from app.reporting import find_runs
-from unlearn.study import claims, ordering, prediction, rates, words
+from unlearn.study import claims, figures, ordering, prediction, rates, words
 from unlearn.study.runs import named
 
 
@@ -273,6 +273,33 @@ def test_a_study_is_of_one_split(place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (place / "of_one/lines.csv").read_text() == before
     with pytest.raises(ValueError, match="both are 'wga, lr=3e-05, epochs=1, seed=42'"):
         studying.runs([str(first), f"{place}/others/study/tiny/{first.name}"], place / "of_one")
+
+
+def test_attacks_and_the_fair_comparison_of_runs(place: Path) -> None:
+    run = next((place / "icml/study/tiny").glob("wga_3e-05*"))
+    attacked = place / "attacked" / run.name
+    shutil.copytree(run, attacked)
+    lines = [
+        f"{step},{model},{attack},{setting},{0.1 * number}"
+        for step in (2, 4)
+        for model in ("unlearned", "retain")
+        for attack, settings in {"relearn": ("step 0", "step 1"), "quantize": ("as it is", "8 bits")}.items()
+        for number, setting in enumerate(settings)
+    ]
+    (attacked / "robustness.csv").write_text("\n".join(["step,model,attack,setting,forget_ps_exact", *lines]) + "\n")
+    scored = attacked / "checkpoint-4/eval_results/ds_size300"
+    scored.mkdir(parents=True)
+    (scored / "control.csv").write_text("weight,forget_ps,retain_ps\n0.0,0.9,0.95\n1.0,0.3,0.85\n")
+    studying.runs([str(attacked)], place / "of_attacks")
+    table = pd.read_csv(place / "of_attacks/attacks.csv")
+    assert (len(table), set(table["step"]), set(table["run"])) == (8, {4}, {"wga, lr=3e-05, epochs=1, seed=42"})
+    assert pd.read_csv(place / "of_attacks/fair.csv")["step"].tolist() == [4]
+    of = table.assign(method="wga", lr=3e-5)
+    figure = figures.attacks(of)
+    assert figure is not None
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"wga", "retain model"}
+    assert figures.attacks(of[of["attack"] == "none"]) is None
 
 
 def test_order_and_words(place: Path) -> None:
