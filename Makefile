@@ -77,6 +77,7 @@ study-sweeps: setup
 	$(BIN)/python compute_geffect.py model_path_cur=$(STUDY)/npo tokens=true dtype=float32 sweep=[$(subst $() ,$(COMMA),$(strip $(SWEEP)))]
 	-$(BIN)/python study.py order $(STUDY)/npo/geffect/sweep.csv --out $(STUDY)
 	-$(BIN)/python study.py words $(STUDY)/npo --out $(STUDY)
+	$(BIN)/python study.py rows $(STUDY)/npo --out $(STUDY)
 
 # What a family needs of memory and disk: make plan FAMILY=llama2-7b GPUS=8 SETTINGS="parallel=fsdp plan_for=gpu".
 FAMILY ?= llama2-7b

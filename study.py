@@ -1,9 +1,10 @@
-"""What many runs say together: the rate each method is compared at, what the G-effect foretells, whose tokens it is.
+"""What many runs say together: the rate each method is compared at, what the G-effect foretells, whose tokens and rows it is.
 
     python study.py runs icml/smollm2-135m/* --out docs/results/study     lines, rates, seeds, attacks: added to what is there
     python study.py predict --out docs/results/study                      rank correlations, of the lines
     python study.py order RUN/geffect/sweep.csv --out docs/results/study  a sweep's points beside the finished runs
     python study.py words RUN --out docs/results/study                    tokens: facts and the rest
+    python study.py rows RUN --out docs/results/study                     which rows to forget hurt those to keep
 
 It measures nothing itself: forget.py and compute_geffect.py do (config/experiment has their settings).
 """
@@ -16,18 +17,17 @@ from pathlib import Path
 
 from app import arguments
 
-USAGE = "study.py runs RUN [RUN ...] | predict | order SWEEP.csv [SWEEP.csv ...] | words RUN [RUN ...]   --out FOLDER"
+USAGE = "study.py runs RUN [RUN ...] | predict | order SWEEP.csv [...] | words RUN [...] | rows RUN [...]   --out FOLDER"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises ValueError for what a user got wrong."""
     parser = arguments.parser(__doc__, USAGE)
-    parser.add_argument("part", choices=("runs", "predict", "order", "words"))
+    parser.add_argument("part", choices=("runs", "predict", "order", "words", "rows"))
     parser.add_argument("given", nargs="*", metavar="RUN", help="folders of unlearning runs; of order a sweep's table")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where tables and figures are")
     args = parser.parse_args(argv)
-    wanted = {"runs": args.given, "predict": not args.given, "order": args.given, "words": args.given}
-    if not wanted[args.part]:
+    if (args.part == "predict") == bool(args.given):
         parser.error(f"{args.part}: {len(args.given)} given")
     return args
 
@@ -43,8 +43,10 @@ def run(part: str, given: list[str], out: Path) -> None:
             studying.predict(out)
         case "order":
             studying.order(given, out)
-        case _:
+        case "words":
             studying.tell_words(given, out)
+        case _:
+            studying.tell_rows(given, out)
 
 
 def main(argv: list[str]) -> int:

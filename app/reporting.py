@@ -10,11 +10,12 @@ from app.data import FILES, Data, Rows
 from app.fields import flatten
 from app.filling import benchmark
 from app.places import find_path
-from app.runs import read_record, texts_of
+from app.runs import read_record, run_of, texts_of
 from unlearn.reporting.report_tables import Run
 from unlearn.reporting.tables import TABLES
 
-HELD = ("config.yaml", "scores.csv", "robustness.csv", "logs/train.jsonl", "geffect/config.yaml")  # that make a folder a run's
+MEASURED = ("scores.csv", "robustness.csv", "geffect/config.yaml")
+HELD = ("config.yaml", "logs/train.jsonl", *MEASURED)  # that make a folder a run's
 
 
 TOLD = ("model_family", "split", "hyper_param", "lr", "num_epochs", "seed")  # settings that tell runs of a method apart
@@ -34,9 +35,13 @@ def check(folder: Path) -> Path:
     """The folder. Raises ValueError where it is none, or not a run's."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a run's folder, such as forget.py makes")
+    if (whole := run_of(str(folder.resolve().parent))) is not None:
+        raise ValueError(f"{folder}: is a part of a run; give the run's folder, {whole}")
     tables = [f"{place}{name}" for name in TABLES for place in ("", "geffect/")]
     if not any((folder / name).exists() for name in (*HELD, *tables)):
         raise ValueError(f"{folder}: not a run's folder; looked for {', '.join(HELD)}, and tables of the G-effect")
+    if run_of(str(folder)) is None and not any((folder / name).exists() for name in (*MEASURED, *tables)):
+        raise ValueError(f"{folder}: is of no unlearning run, such as forget.py makes: no method is noted, nothing measured")
     return folder
 
 

@@ -15,7 +15,7 @@ from app.reporting import data_in, find_runs, record_in
 from unlearn.io.files import write_whole
 from unlearn.reporting import report_tables, style
 from unlearn.reporting.report_tables import Run
-from unlearn.study import claims, figures, ordering, prediction, rates, words
+from unlearn.study import claims, figures, ordering, prediction, rates, rows, words
 from unlearn.study.runs import RUN, check_alike, lines_of, named
 
 WEIGHTED = ("wga", "tnpo", "satimp")  # whose weights of tokens are compared with their G-effects
@@ -137,6 +137,24 @@ def tell_words(folders: Sequence[str], out: Path) -> None:
     columns = [name for name in ("e_u", "e_r", "loss", *WEIGHTED) if name in table]
     write_table(out, "words", words.told_apart(table, columns))
     draw(out, "words", figures.words, table)
+
+
+def tell_rows(folders: Sequence[str], out: Path) -> None:
+    """rows.csv and alike.csv: which rows hurt what is to be kept at each step, and what goes with it.
+
+    Args:
+        folders: of one run's G-effects at one step or more each.
+
+    Raises:
+        ValueError: a folder has no tokens.parquet.
+    """
+    found = find_runs(folders)
+    table = rows.of_rows(pd.concat([read_tokens(run) for run in found], ignore_index=True))
+    if (texts := found[0].texts) is not None:
+        table = table.assign(question=[texts[row][0] for row in table["row"]])
+    write_table(out, "rows", table)
+    write_table(out, "alike", rows.alike(table))
+    draw(out, "rows", figures.rows, table)
 
 
 def read_tokens(run: Run) -> DataFrame:

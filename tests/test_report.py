@@ -248,8 +248,11 @@ def test_a_folder_of_tables_alone_will_do(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["nowhere"], "nowhere: no such folder; give a run's folder, such as forget.py makes"),
-        (["."], ".: not a run's folder; looked for config.yaml, scores.csv"),
-        (["RUN", "RUN/../npo"], "RUN/../npo: is given twice"),
+        (["."], ".: not a run's folder; looked for config.yaml, logs/train.jsonl, scores.csv"),
+        (["RUN/geffect"], "{run}/geffect: is a part of a run; give the run's folder, {run}"),
+        (["RUN/checkpoint-12"], "{run}/checkpoint-12: is a part of a run; give the run's folder, {run}"),
+        (["RUN/../tuned"], "{run}/../tuned: is of no unlearning run, such as forget.py makes"),
+        (["RUN", "RUN/../npo"], "{run}/../npo: is given twice"),
         (["RUN", "--out=x.pdf"], "--out=x.pdf: needs to end in .html; usage: report.py RUN [RUN ...]"),
         (["RUN", "--color"], "unrecognized arguments: --color; usage: report.py"),
         ([], "the following arguments are required: RUN; usage: report.py"),
@@ -257,12 +260,16 @@ def test_a_folder_of_tables_alone_will_do(tmp_path: Path) -> None:
 )
 def test_refusals(words: list[str], said: str, folders: list[Path], tmp_path: Path) -> None:
     run = str(folders[0])
+    tuned = folders[0].parent / "tuned/logs"
+    tuned.mkdir(parents=True, exist_ok=True)
+    (tuned / "train.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tuned.parent / "config.yaml").write_text("settings: {model_family: tiny, lr: 0.001}\n")
     done = run_in(
         tmp_path, " ".join(["python", str(ROOT / "report.py"), *(word.replace("RUN", run) for word in words)]), check=False
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"report.py: {said.replace('RUN/', f'{run}/')}")
+    assert done.stderr.startswith(f"report.py: {said.format(run=run)}")
 
 
 def test_one_risk_alone_is_no_error(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from app import studying
 from app.compose import given
 from app.measuring import entries
 from app.reporting import find_runs
-from unlearn.study import claims, figures, ordering, prediction, rates, words
+from unlearn.study import claims, figures, ordering, prediction, rates, rows, words
 from unlearn.study.runs import named
 
 
@@ -192,6 +192,24 @@ def test_told_apart() -> None:
     assert (line["auc"], line["facts"], line["rest"], line["share"]) == (3.5 / 4, 2, 2, 5 / 8)
 
 
+def test_rows_that_hurt() -> None:
+    """Two tokens a row at two steps: row i has e_r = -(i + 1) at the first, the other way round at the second."""
+    line = [
+        (step, row, 0.5 * row, -row, -(row + 1) / 2 if step == 0 else -(10 - row) / 2) for step in (0, 5) for row in range(10)
+    ]
+    tokens = pd.DataFrame(2 * line, columns=["step", "row", "loss", "e_u", "e_r"])
+    table = rows.of_rows(tokens)
+    assert list(table["row"]) == [*range(9, -1, -1), *range(10)]
+    first = table.iloc[0]
+    assert (first["tokens"], first["loss"], first["e_u"], first["e_r"], first["share"]) == (2, 4.5, -18, -10, 10 / 55)
+    found = rows.alike(table).set_index(["step", "beside"])
+    assert list(found.index) == [(0, "loss"), (0, "e_u"), (5, "loss"), (5, "e_u"), (5, "start")]  # all are as long
+    assert list(found["rho"]) == pytest.approx([-1, 1, 1, -1, -1])
+    assert found.loc[(0, "loss"), ["share_0.1", "share_0.2", "share_0.5"]].tolist() == pytest.approx(
+        [10 / 55, 19 / 55, 40 / 55]
+    )
+
+
 def test_the_commands_of_make_study_fit() -> None:
     told = ["make", "-n", "study", "SETTINGS=model_path=FULL data_path=DATA", "RETAIN_MODEL=MODEL"]
     text = subprocess.run(told, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -302,7 +320,7 @@ def test_attacks_and_the_fair_comparison_of_runs(place: Path) -> None:
     assert figures.attacks(of[of["attack"] == "none"]) is None
 
 
-def test_order_and_words(place: Path) -> None:
+def test_order_words_and_rows(place: Path) -> None:
     run = next((place / "icml/study/tiny").glob("npo_3e-05*"))
     run_in(place, f"python compute_geffect.py model_path_cur={run} sweep=[npo,wga] tokens=true instances=false save_dir=more")
     runs = " ".join(str(folder.parent) for folder in (place / "icml/study/tiny").glob("*/scores.csv"))
@@ -319,6 +337,11 @@ def test_order_and_words(place: Path) -> None:
     assert (table["facts"] + table["rest"] <= len(tokens)).all()
     tnpo = table[(table["value"] == "tnpo") & (table["step"] == 0)].iloc[0]
     assert (tnpo["auc"], tnpo["mean_fact"]) == (0.5, pytest.approx(1.0, rel=1e-9))  # the model is its own reference
+    run_in(place, "python study.py rows more --out out2")
+    of = pd.read_csv(place / "out2/rows.csv").groupby("step")["e_r"].sum()
+    total = pd.read_csv(place / "more/geffect/steps.csv").query("risk == 'retain'").set_index("step")["geffect"]
+    np.testing.assert_allclose(of, total, rtol=1e-5)
+    assert (place / "out2/rows.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def of_steps(table: DataFrame, column: str) -> str:
 
 
 def settings(runs: Sequence[Run], others: bool = False) -> list[Line]:
-    """What was run and on what, or all `others` of the settings; those that differ among the runs stand first."""
+    """What was run and on what, or all `others` of the settings; those that differ among the runs first, then the folders."""
     keys = list(dict.fromkeys(key for run in runs for key in run.record))
     main = [key for key in SHOWN if key in keys]
     chosen = [key for key in keys if key not in main] if others else main
@@ -200,7 +200,8 @@ def settings(runs: Sequence[Run], others: bool = False) -> list[Line]:
         lines.insert(0, Line("folder", [str(run.folder) for run in runs]))
         lines = [line for line in lines if any(one != "–" for one in line.cells)]
     known = [i for i, run in enumerate(runs) if run.record]
-    return sorted(lines, key=lambda line: line.name != "folder" and len({line.cells[i] for i in known}) < 2)
+    alike = {line.name for line in lines if len({line.cells[i] for i in known}) < 2}
+    return sorted(lines, key=lambda line: 1 if line.name == "folder" else 2 * (line.name in alike))
 
 
 def numbers(table: DataFrame) -> list[list[str]]:

@@ -14,8 +14,10 @@ from unlearn.reporting.style import (
     PALETTE,
     SHAPES,
     SYMBOLS,
+    UNIT,
     WIDE,
     colour_bar,
+    evenly,
     fit_scale,
     legend_above,
     new_figure,
@@ -183,4 +185,24 @@ def words(table: DataFrame) -> Figure | None:
             axes.boxplot(values, tick_labels=kinds, orientation="horizontal", showfliers=False, widths=0.6)
             axes.set_xscale("log")
             axes.set(title=f"step {step}", xlabel=f"|{SYMBOLS['unlearn' if name == 'e_u' else 'retain']}| of a token")
+    return figure
+
+
+def rows(table: DataFrame) -> Figure:
+    """Each row's e_r beside its loss, a panel a step, four at most; a cross for the tenth that hurts most.
+
+    Args:
+        table: one of `rows.of_rows`.
+    """
+    steps = evenly(table["step"].unique(), 4)
+    figure = new_figure(2.2)
+    for axes, step in zip(figure.subplots(1, len(steps), squeeze=False)[0], steps, strict=True):
+        at = table[table["step"] == step]
+        most = at["share"].rank(ascending=False) <= max(1, round(0.1 * len(at)))
+        for part, mark, colour in ((at[~most], "o", PALETTE[0]), (at[most], "X", PALETTE[1])):
+            axes.plot(part["loss"], part["e_r"], mark, color=colour, markersize=3, linestyle="none")
+        fit_scale(axes.yaxis, at["e_r"])
+        axes.set(title=f"step {step}", xlabel="loss (nats/token)")
+        zero_line(axes)
+    figure.axes[0].set_ylabel(f"{SYMBOLS['retain']} of a row {UNIT}")
     return figure
