@@ -214,6 +214,7 @@ CHECKED = [  # a command, and what its line needs to contain
     ("finetune.py model_family=tiny num_epochs=0.01", ["num_epochs=0.01 of 400 rows", "step of 16"]),
     # a benchmark's YAML, and a method's, in a folder of one's own
     (f"{MINE} benchmark=other", ["benchmark=other: its name is tofu; needs to be other, as its file is called"]),
+    (f"{GA} split=gone --config-dir=own benchmark=other", ["benchmark=other: its name is tofu"]),  # flags may be anywhere
     (f"{MINE} benchmark=bare", ["benchmark=bare: its name is None; needs to be bare"]),
     (
         f"{MINE} benchmark=unsen",

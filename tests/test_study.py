@@ -230,8 +230,8 @@ def test_the_commands_of_make_study_fit() -> None:
 def place(tmp_path_factory: pytest.TempPathFactory, young: Path) -> Path:
     """Runs of the tiny model by the study's own settings, fewer, with G-effects; and a study of them."""
     folder = make_workplace(tmp_path_factory.mktemp("study"))
-    tiny = f"model_family=tiny model_path={young} split=forget10 retain_holdout=8"
-    tiny += " num_epochs=1 batch_size=16 save_steps=2 eval.every=2"
+    tiny = f"model_family=tiny model_path={young} split=forget05 retain_holdout=8"
+    tiny += " num_epochs=1 batch_size=8 save_steps=2 eval.every=2"
     run_in(folder, f"python forget.py -m +experiment=trajectories {tiny} geffect.every=2 method=npo,wga")
     run_in(folder, f"python forget.py -m +experiment=rates {tiny} method=npo lr=1e-3")
     return folder
@@ -281,7 +281,7 @@ def test_a_study_is_of_one_split(place: Path, monkeypatch: pytest.MonkeyPatch) -
     shutil.copytree(place / "icml", place / "others")
     run = next((place / "others/study/tiny").glob("npo_3e-05*"))
     for file in run.rglob("config.yaml"):
-        file.write_text(file.read_text().replace("split: forget10", "split: forget05"))
+        file.write_text(file.read_text().replace("split: forget05", "split: forget10"))
     first = next((place / "icml/study/tiny").glob("wga_3e-05*"))
     monkeypatch.setattr(studying, "draw", lambda *_: None)
     studying.runs([str(first)], place / "of_one")
