@@ -73,7 +73,7 @@ study-attacks: setup
 
 SWEEP = ga wga npo tnpo idk simnpo undial satimp dpo $(LAYERS:%=rmu_%) $(foreach m,npo simnpo tnpo wga,$m:0.1 $m:1)
 study-sweeps: setup
-	$(BIN)/python forget.py +experiment=rates method=npo lr=3e-5 save_steps=10 $(SETTINGS) save_dir=$(STUDY)/npo
+	$(BIN)/python forget.py +experiment=rates method=npo lr=3e-5 save_steps=10 $(SETTINGS) geffect.every=0 save_dir=$(STUDY)/npo
 	$(BIN)/python compute_geffect.py model_path_cur=$(STUDY)/npo tokens=true dtype=float32 sweep=[$(subst $() ,$(COMMA),$(strip $(SWEEP)))]
 	-$(BIN)/python study.py order $(STUDY)/npo/geffect/sweep.csv --out $(STUDY)
 	-$(BIN)/python study.py words $(STUDY)/npo --out $(STUDY)

@@ -27,8 +27,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("given", nargs="*", metavar="RUN", help="folders of unlearning runs; of order a sweep's table")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where tables and figures are")
     args = parser.parse_args(argv)
-    if (args.part == "predict") == bool(args.given):
-        parser.error(f"{args.part}: {len(args.given)} given")
+    if args.part == "predict" and args.given:
+        parser.error(f"predict: reads the tables in --out, and takes no {args.given[0]}")
+    if args.part != "predict" and not args.given:
+        parser.error(f"{args.part}: needs {'SWEEP.csv' if args.part == 'order' else 'RUN, the folder of a run'}")
     return args
 
 

@@ -41,7 +41,9 @@ def check(folder: Path) -> Path:
     if not any((folder / name).exists() for name in (*HELD, *tables)):
         raise ValueError(f"{folder}: not a run's folder; looked for {', '.join(HELD)}, and tables of the G-effect")
     if run_of(str(folder)) is None and not any((folder / name).exists() for name in (*MEASURED, *tables)):
-        raise ValueError(f"{folder}: is of no unlearning run, such as forget.py makes: no method is noted, nothing measured")
+        raise ValueError(
+            f"{folder}: not an unlearning run, but a fine-tuned model; give a run's folder, such as forget.py makes"
+        )
     return folder
 
 

@@ -140,7 +140,7 @@ def tell_words(folders: Sequence[str], out: Path) -> None:
 
 
 def tell_rows(folders: Sequence[str], out: Path) -> None:
-    """rows.csv and alike.csv: which rows hurt what is to be kept at each step, and what goes with it.
+    """rows.csv, shares.csv, alike.csv: which rows hurt what is to be kept at each step, how unevenly, what goes with it.
 
     Args:
         folders: of one run's G-effects at one step or more each.
@@ -153,6 +153,7 @@ def tell_rows(folders: Sequence[str], out: Path) -> None:
     if (texts := found[0].texts) is not None:
         table = table.assign(question=[texts[row][0] for row in table["row"]])
     write_table(out, "rows", table)
+    write_table(out, "shares", rows.shares(table))
     write_table(out, "alike", rows.alike(table))
     draw(out, "rows", figures.rows, table)
 

@@ -251,7 +251,7 @@ def test_a_folder_of_tables_alone_will_do(tmp_path: Path) -> None:
         (["."], ".: not a run's folder; looked for config.yaml, logs/train.jsonl, scores.csv"),
         (["RUN/geffect"], "{run}/geffect: is a part of a run; give the run's folder, {run}"),
         (["RUN/checkpoint-12"], "{run}/checkpoint-12: is a part of a run; give the run's folder, {run}"),
-        (["RUN/../tuned"], "{run}/../tuned: is of no unlearning run, such as forget.py makes"),
+        (["RUN/../tuned"], "{run}/../tuned: not an unlearning run, but a fine-tuned model; give a run's folder"),
         (["RUN", "RUN/../npo"], "{run}/../npo: is given twice"),
         (["RUN", "--out=x.pdf"], "--out=x.pdf: needs to end in .html; usage: report.py RUN [RUN ...]"),
         (["RUN", "--color"], "unrecognized arguments: --color; usage: report.py"),

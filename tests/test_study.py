@@ -202,12 +202,22 @@ def test_rows_that_hurt() -> None:
     assert list(table["row"]) == [*range(9, -1, -1), *range(10)]
     first = table.iloc[0]
     assert (first["tokens"], first["loss"], first["e_u"], first["e_r"], first["share"]) == (2, 4.5, -18, -10, 10 / 55)
-    found = rows.alike(table).set_index(["step", "beside"])
-    assert list(found.index) == [(0, "loss"), (0, "e_u"), (5, "loss"), (5, "e_u"), (5, "start")]  # all are as long
-    assert list(found["rho"]) == pytest.approx([-1, 1, 1, -1, -1])
-    assert found.loc[(0, "loss"), ["share_0.1", "share_0.2", "share_0.5"]].tolist() == pytest.approx(
-        [10 / 55, 19 / 55, 40 / 55]
-    )
+    found = rows.alike(table).set_index(["step", "beside"])  # all are as long
+    expected = {(0, "loss"): 1, (0, "-e_u"): 1, (5, "loss"): -1, (5, "-e_u"): -1, (5, "-e_r at the start"): -1}
+    assert found["rho"].to_dict() == pytest.approx(expected)
+    told = {"step": 0, "rows": 10, "hurt": 10, "share_0.1": 10 / 55, "share_0.2": 19 / 55, "share_0.5": 40 / 55}
+    assert rows.shares(table).iloc[0].to_dict() == pytest.approx(told)
+
+
+def test_rows_that_help_have_no_share() -> None:
+    tokens = pd.DataFrame({"step": 0, "row": range(4), "loss": 1.0, "e_u": 0.0, "e_r": [3.0, -1.0, 9.0, -3.0]})
+    table = rows.of_rows(tokens)
+    assert list(table["row"]) == [3, 1, 0, 2]
+    assert list(table["share"]) == [0.75, 0.25, 0, 0]
+    assert rows.shares(table).iloc[0].tolist() == [0, 4, 2, 0.75, 0.75, 1]
+    [axes] = figures.rows(table).axes
+    assert [np.asarray(line.get_ydata()).tolist() for line in axes.lines[:2]] == [[-1, 3, 9], [-3]]
+    assert (rows.of_rows(tokens.assign(e_r=1.0))["share"] == 0).all()
 
 
 def test_the_commands_of_make_study_fit() -> None:
@@ -349,7 +359,8 @@ def test_order_words_and_rows(place: Path) -> None:
     [
         ("order nothere.csv --out tests", "nothere.csv: is not called as a table of the G-effect is: "),
         ("other --out x", "invalid choice: 'other'"),
-        ("runs --out x", "runs: 0 given; usage"),
+        ("runs --out x", "runs: needs RUN, the folder of a run; usage"),
+        ("predict RUN --out x", "predict: reads the tables in --out, and takes no RUN; usage"),
         ("predict --out nowhere", "nowhere/lines.csv: no such file; `study.py runs"),
         ("runs nowhere --out x", "nowhere: no such folder"),
     ],

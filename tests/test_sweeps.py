@@ -12,7 +12,8 @@ from unlearn.reporting.sweeps import draw, summarise
 
 SWEEP = (
     "python forget.py -m model_family=tiny split=forget01 method=ga,wga hyper_param=1,2 seed=1 batch_size=2"
-    " gradient_accumulation_steps=2 num_epochs=1 retain_holdout=4 eval.every=1 geffect.every=1 geffect.instances=false model_path={}"
+    " gradient_accumulation_steps=2 num_epochs=1 retain_holdout=4 model_path={}"
+    " eval.every=1 geffect.every=1 geffect.instances=false"
 )
 BLOCKED = "icml/tiny/wga_0.0008_forget01_1_0.0_1_batch_size=2_gradient_accumulation_steps=2_retain_holdout=4_seed=1"
 

@@ -24,6 +24,7 @@ from unlearn.reporting.style import (
     step_axis,
     zero_line,
 )
+from unlearn.study.rows import n_of
 
 PANELS = {
     "e_u": "$e_u$ ((nats/token)²)",
@@ -146,7 +147,7 @@ def attacks(table: DataFrame) -> Figure | None:
             axes.plot(of["setting"], of["forget_ps_exact"], markersize=2.5, linewidth=0.9, **of_model)
         axes.set_title(ATTACKS[way])
     figure.axes[0].set_ylabel("forget PS")
-    legend_above(figure, 6)
+    legend_above(figure, 7)
     return figure
 
 
@@ -195,14 +196,17 @@ def rows(table: DataFrame) -> Figure:
         table: one of `rows.of_rows`.
     """
     steps = evenly(table["step"].unique(), 4)
-    figure = new_figure(2.2)
+    figure = new_figure(2.4)
     for axes, step in zip(figure.subplots(1, len(steps), squeeze=False)[0], steps, strict=True):
-        at = table[table["step"] == step]
-        most = at["share"].rank(ascending=False) <= max(1, round(0.1 * len(at)))
-        for part, mark, colour in ((at[~most], "o", PALETTE[0]), (at[most], "X", PALETTE[1])):
-            axes.plot(part["loss"], part["e_r"], mark, color=colour, markersize=3, linestyle="none")
+        at = table[table["step"] == step].sort_values("e_r")
+        most = (np.arange(len(at)) < n_of(0.1, len(at))) & (at["e_r"] < 0).to_numpy()
+        looks = (("o", PALETTE[0], "a row to forget"), ("X", PALETTE[1], "the tenth that hurts most"))
+        for part, (mark, colour, name) in zip((at[~most], at[most]), looks, strict=True):
+            axes.plot(part["loss"], part["e_r"], mark, color=colour, markersize=3, linestyle="none", label=name)
         fit_scale(axes.yaxis, at["e_r"])
         axes.set(title=f"step {step}", xlabel="loss (nats/token)")
+        axes.locator_params(axis="x", nbins=3)
         zero_line(axes)
     figure.axes[0].set_ylabel(f"{SYMBOLS['retain']} of a row {UNIT}")
+    legend_above(figure, 2)
     return figure
