@@ -1,4 +1,4 @@
-"""What many runs say together: the rate each method is compared at, what the G-effect foretells, whose tokens and rows it is.
+"""What many runs say together: the rate each method is compared at, what the G-effect foretells, whose tokens and rows.
 
     python study.py runs icml/smollm2-135m/* --out docs/results/study     lines, rates, seeds, attacks: added to what is there
     python study.py predict --out docs/results/study                      rank correlations, of the lines

@@ -68,7 +68,7 @@ def cli(run: Callable[[Any], Path | None], *commands: type[Settings]) -> None:
     stop_at_once()
     try:
         flags, overrides = split_flags(sys.argv[1:])
-        sys.argv[1:] = flags_first(sys.argv[1:], overrides)
+        sys.argv[1:] = [word for word in sys.argv[1:] if word not in overrides] + overrides  # Hydra refuses them elsewhere
         config_name = flags.config_name or config_name
         if flags.help:
             return print(help_text(sys.modules[run.__module__].__doc__ or "", config_name))
@@ -111,19 +111,6 @@ def split_flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if strange := [word for word in rest if word.startswith("-") and word.partition("=")[0] not in FLAGS]:
         refuse(f"unrecognized arguments: {' '.join(strange)}")
     return flags, [word for i, word in enumerate(rest) if i not in values and not word.startswith("-")]
-
-
-def flags_first(words: list[str], overrides: list[str]) -> list[str]:
-    """The same words with the settings last: Hydra takes those before a flag alone for settings, and refuses those after."""
-    rest = iter([*overrides, None])
-    setting = next(rest)
-    flags = []
-    for word in words:
-        if word == setting:
-            setting = next(rest)
-        else:
-            flags.append(word)
-    return flags + overrides
 
 
 def quote(word: str) -> str:

@@ -10,12 +10,13 @@ from app.data import FILES, Data, Rows
 from app.fields import flatten
 from app.filling import benchmark
 from app.places import find_path
-from app.runs import read_record, run_of, texts_of
+from app.runs import read_record, saved_settings, texts_of
 from unlearn.reporting.report_tables import Run
 from unlearn.reporting.tables import TABLES
 
 MEASURED = ("scores.csv", "robustness.csv", "geffect/config.yaml")
 HELD = ("config.yaml", "logs/train.jsonl", *MEASURED)  # that make a folder a run's
+PARTS = ("geffect", "checkpoint", "logs", "figures")  # of a run, by what stands before a "-"
 
 
 TOLD = ("model_family", "split", "hyper_param", "lr", "num_epochs", "seed")  # settings that tell runs of a method apart
@@ -35,14 +36,15 @@ def check(folder: Path) -> Path:
     """The folder. Raises ValueError where it is none, or not a run's."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a run's folder, such as forget.py makes")
-    if (whole := run_of(str(folder.resolve().parent))) is not None:
+    whole = folder.resolve().parent
+    if folder.resolve().name.partition("-")[0] in PARTS and "method" in saved_settings(whole):
         raise ValueError(f"{folder}: is a part of a run; give the run's folder, {whole}")
     tables = [f"{place}{name}" for name in TABLES for place in ("", "geffect/")]
     if not any((folder / name).exists() for name in (*HELD, *tables)):
         raise ValueError(f"{folder}: not a run's folder; looked for {', '.join(HELD)}, and tables of the G-effect")
-    if run_of(str(folder)) is None and not any((folder / name).exists() for name in (*MEASURED, *tables)):
+    if "method" not in saved_settings(folder) and not any((folder / name).exists() for name in (*MEASURED, *tables)):
         raise ValueError(
-            f"{folder}: not an unlearning run, but a fine-tuned model; give a run's folder, such as forget.py makes"
+            f"{folder}: no unlearning run (a fine-tuned model?): names no method; give a run's folder, such as forget.py makes"
         )
     return folder
 

@@ -244,6 +244,16 @@ def test_a_folder_of_tables_alone_will_do(tmp_path: Path) -> None:
     assert set(found["tables"]["steps"]["run"]["names"]) == {"geffect_smollm2-135m"}
 
 
+def test_a_run_s_other_measurements_are_no_part_of_it(folders: list[Path], tmp_path: Path) -> None:
+    """compute_geffect.py's save_dir may lie in the run's folder: that is a folder of tables of its own."""
+    run = shutil.copytree(folders[0], tmp_path / "run")
+    shutil.copytree(folders[0] / "geffect", run / "more/geffect")
+    assert [one.folder for one in find_runs([str(run / "more"), str(run / "more/geffect")])] == [
+        run / "more",
+        run / "more/geffect",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -251,7 +261,7 @@ def test_a_folder_of_tables_alone_will_do(tmp_path: Path) -> None:
         (["."], ".: not a run's folder; looked for config.yaml, logs/train.jsonl, scores.csv"),
         (["RUN/geffect"], "{run}/geffect: is a part of a run; give the run's folder, {run}"),
         (["RUN/checkpoint-12"], "{run}/checkpoint-12: is a part of a run; give the run's folder, {run}"),
-        (["RUN/../tuned"], "{run}/../tuned: not an unlearning run, but a fine-tuned model; give a run's folder"),
+        (["RUN/../tuned"], "{run}/../tuned: no unlearning run (a fine-tuned model?): names no method; give a run's folder"),
         (["RUN", "RUN/../npo"], "{run}/../npo: is given twice"),
         (["RUN", "--out=x.pdf"], "--out=x.pdf: needs to end in .html; usage: report.py RUN [RUN ...]"),
         (["RUN", "--color"], "unrecognized arguments: --color; usage: report.py"),
