@@ -107,11 +107,11 @@ def draw_geffects(found: Sequence[Run], out: Path, lines: DataFrame, stopped: Da
 
 
 def predict(out: Path) -> None:
-    """prediction.csv: rank correlations of what is known at each step with what comes, and their intervals."""
+    """prediction.csv: rank correlations of what is known at each step with what comes, of all runs and of each rate's."""
     lines = read_table(out, "lines")
     known = prediction.table(lines, rates.stopped(lines))
-    table = write_table(out, "prediction", prediction.correlations(known))
-    draw(out, "prediction", figures.prediction, table)
+    table = write_table(out, "prediction", prediction.by_rate(known))
+    draw(out, "prediction", figures.prediction, table[table["lr"] == "all"])
 
 
 def order(sweeps: Sequence[str], out: Path) -> None:

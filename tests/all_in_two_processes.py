@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from accelerate import PartialState
+from slow_geffect import PAD, RISK_ROWS
 from test_all_objectives import CASES, target_of, trained_gradient
-from test_geffect import PAD, RISK_ROWS
 from torch import Tensor
 
 from dataloader import StepBatches

@@ -19,6 +19,8 @@ import devices
 import pytest
 from processes import run_script
 
+pytest.register_assert_rewrite("slow_geffect")
+
 # MKL's kernels on every processor: in float32, as in transformers' norms, others round otherwise, and 1e-9 is compared with.
 os.environ.setdefault("MKL_CBWR", "AVX2")
 

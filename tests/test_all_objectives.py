@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, run_in
-from test_geffect import BESIDE, FORGET, PAD, RISK_ROWS, build, random_rows
+from slow_geffect import BESIDE, FORGET, PAD, RISK_ROWS, build, random_rows
 from torch import Tensor
 
 from app.building import build_loss, compares, needs

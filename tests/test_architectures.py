@@ -18,17 +18,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import doubled, float64_throughout
-from test_geffect import (
+from slow_geffect import (
     BESIDE,
     FORGET,
+    GPT,
     GROUPED,
-    MOE,
-    OTHERS,
     PAD,
     RISK_ROWS,
     SMALL,
+    SPECIAL,
     WIDTH,
     assert_close,
+    build,
     meter_of,
     shake,
     slow_of_trained,
@@ -50,6 +51,8 @@ from unlearn.objectives.tokens import token_outputs
 from unlearn.passes.batches import on, set_batches
 from unlearn.passes.forcing import Pass, teacher_force
 
+MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 STATES = {"mamba_d_state": 4, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 WINDOW = GROUPED | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -78,6 +81,44 @@ KINDS: dict[str, dict[str, Any]] = {
     "electra": SMALL | {"is_decoder": True, "embedding_size": WIDTH},
     "biogpt": SMALL | {"max_position_embeddings": 40},
     "phimoe": GROUPED | MOE,
+    "bloom": {**SPECIAL, "hidden_size": WIDTH, "n_layer": 2, "n_head": 4},  # an autograd function without a forward mode
+    "gemma3_text": GROUPED,  # norms over (rows, heads, positions, ...)
+    "llama4_text": GROUPED | MOE | {"intermediate_size_mlp": 20, "num_experts_per_tok": 1},  # (experts x rows x positions, ...)
+    "mamba2": {**SMALL, "num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1, "chunk_size": 8},
+    "opt": SMALL | {"ffn_dim": 20, "word_embed_proj_dim": 8},  # projections around the blocks
+    "qwen3_next": GROUPED
+    | MOE
+    | MIXED
+    | {"shared_expert_intermediate_size": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    | {"linear_key_head_dim": 4, "linear_value_head_dim": 4},  # (rows x positions x heads, ...)
+}
+MORE: dict[str, dict[str, Any]] = {
+    "apertus": GROUPED,
+    "cohere2": GROUPED,
+    "codegen": GPT | {"n_ctx": 32, "rotary_dim": 4},
+    "falcon": SMALL | {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon, old": SMALL | {"new_decoder_architecture": False, "parallel_attn": True},
+    "gpt_bigcode": GPT,
+    "gpt_neo": {
+        **SPECIAL,
+        "hidden_size": WIDTH,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "gptj": GPT | {"rotary_dim": 4},
+    "lfm2": GROUPED | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 4},
+    "mamba": {**SPECIAL, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4},
+    "mistral": GROUPED,
+    "mpt": {**SPECIAL, "d_model": WIDTH, "n_layers": 2, "n_heads": 4, "max_seq_len": 32},
+    "nemotron": GROUPED,
+    "olmo2": GROUPED,
+    "phi3": GROUPED,
+    "qwen3": GROUPED,
+    "rwkv": {**SPECIAL, "hidden_size": WIDTH, "num_hidden_layers": 2, "attention_hidden_size": WIDTH, "context_length": 32},
+    "smollm3": GROUPED,
+    "stablelm": GROUPED,
+    "starcoder2": GROUPED,
 }
 EXPERTS: dict[str, dict[str, Any]] = dict.fromkeys(("mixtral", "qwen3_moe"), GROUPED | MOE) | {
     "granitemoe": GROUPED | MOE,
@@ -88,7 +129,7 @@ EXPERTS: dict[str, dict[str, Any]] = dict.fromkeys(("mixtral", "qwen3_moe"), GRO
 
 def make(kind: str, attention: str | None = "eager", **changes: Any) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **copy.deepcopy((KINDS | EXPERTS | OTHERS)[kind]) | changes)
+    config = AutoConfig.for_model(kind.split(",")[0], **copy.deepcopy((KINDS | MORE | EXPERTS)[kind]) | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     if any(name.endswith("gate_up_proj") for name, _ in model.named_parameters()):
         model.set_experts_implementation("eager")  # the grouped product takes no float64
@@ -114,7 +155,7 @@ def lifted(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("lifted")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*MORE, *EXPERTS])])
 def test_every_kind_is_the_slow_way(kind: str) -> None:
     """Totals, layers, instances and tokens; with `norms=false` and plainly too."""
     model, reference = pair(kind, None)
@@ -154,6 +195,17 @@ def test_adapters_on_experts(kind: str) -> None:
     with torch.no_grad():
         got, want = (token_outputs(m, batch).logits for m in (doubled(whole), model))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("lifted")
+def test_outputs_that_mix_rows_are_refused() -> None:
+    """Experts' rows sorted by expert can't be told apart by where they stand: an error, and no guess."""
+    kind: dict[str, Any] = GROUPED | MOE | {"kv_channels": 4}
+    model = build("jetmoe", **kind)
+    target = Target(Loss(ga), FORGET)
+    with pytest.raises(ValueError, match=r"does not tell 2 rows apart \(instances=false does without\)"):
+        meter_of(model, target).measure()
+    assert len(meter_of(model, target, Wanted(instances=False, tokens=True)).measure()["tokens"])
 
 
 def test_dropout_on_experts_is_refused() -> None:

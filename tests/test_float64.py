@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_geffect import FORGET, GROUPED, RETAIN, build, shake
+from slow_geffect import FORGET, GROUPED, RETAIN, build, shake
 from test_measuring import TOKENS
 
 from unlearn.geffect.call import geffect

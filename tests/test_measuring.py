@@ -16,7 +16,7 @@ import pandas as pd
 import peft
 import pytest
 import torch
-from test_geffect import CONFIGS, FORGET, RETAIN, SPECIAL, SlowRow, build, shake
+from slow_geffect import CONFIGS, FORGET, RETAIN, SPECIAL, SlowRow, build, shake
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, make_workplace, run_in
 from safetensors.torch import load_file
-from test_geffect import FORGET, RETAIN, build
+from slow_geffect import FORGET, RETAIN, build
 from test_measuring import TOKENS
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 

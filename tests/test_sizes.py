@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_geffect import ALL, BESIDE, EOS, FORGET, NOISE, PAD, RETAIN, RISK_ROWS, build, pair, target_of, with_reference
+from slow_geffect import ALL, BESIDE, EOS, FORGET, NOISE, PAD, RETAIN, RISK_ROWS, build, pair, target_of, with_reference
 from torch import nn
 
 from app import building

@@ -135,6 +135,19 @@ def test_what_foretells_exactly_has_a_rho_of_1() -> None:
     assert set(found["kind"]) == {"G-effect", "rival"}
 
 
+def test_each_rates_runs_are_also_told_alone() -> None:
+    few, five = lines(8), lines(5, seed=1).assign(lr=1e-4)  # four at each of two rates, too few to be told of
+    table = pd.concat([few, five.assign(run="other " + five["run"])], ignore_index=True)
+    known = prediction.table(table, rates.stopped(table))
+    of_one = known[known["lr"] == 1e-4]
+    found = prediction.by_rate(known)
+    assert list(found["lr"].unique()) == ["all", "0.0001"]
+    for name, runs in (("all", known), ("0.0001", of_one)):
+        told = found[found["lr"] == name].drop(columns="lr").reset_index(drop=True)
+        pd.testing.assert_frame_equal(told, prediction.correlations(runs))
+    assert set(prediction.by_rate(of_one)["lr"]) == {"all"}
+
+
 def test_what_has_come_is_not_foretold() -> None:
     table = lines(1, steps=5).assign(forget_loss=[0, 0.2, 0.6, 0.4, 0.9], retain_ps=[1, 1, 1, 0.95, 0.5])
     table["forget_ps"] = [1, 0.8, 0.4, 0.2, 0.1]  # stopped at step 15

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
-from test_geffect import BESIDE, FORGET, NOISE, assert_close, meter_of, random_rows, shared_pair, with_reference
+from slow_geffect import BESIDE, FORGET, NOISE, assert_close, meter_of, random_rows, shared_pair, with_reference
 from torch import Tensor
 
 from app.compose import compose

@@ -22,7 +22,8 @@ def together(lines: DataFrame) -> DataFrame:
     for run, table in lines.dropna(subset=["e_u", "e_r"]).groupby("run", sort=False):
         table = table.sort_values("step")
         e_u, e_r = table["e_u"].to_numpy(dtype=float), table["e_r"].to_numpy(dtype=float)
-        ratio = e_r / abs(e_u)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = e_r / abs(e_u)
         line = {"run": run, "method": table["method"].iloc[0], "rho": float(spearman(e_u[None], e_r[None])[0])}
         found.append(line | {"ratio_first": ratio[0], "ratio_last": ratio[-1], "keeps": float((e_r >= 0).mean())})
     return DataFrame(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from pandas import DataFrame
 from scipy.stats import rankdata
@@ -83,6 +84,27 @@ def correlations(known: DataFrame) -> DataFrame:
                     kind = "G-effect" if predictor in GEFFECT else "rival"
                     found.append({"step": step, "predictor": predictor, "kind": kind, "outcome": outcome} | told)
     return DataFrame(found)
+
+
+def by_rate(known: DataFrame) -> DataFrame:
+    """`correlations` of all runs, and, where there are several learning rates, of those at each that `FEWEST` runs have.
+
+    Over runs of several rates a predictor may tell no more than the rate does; within one it has to tell the methods apart.
+
+    Returns:
+        Column lr ("all", or the rate), and those of `correlations`.
+
+    Raises:
+        ValueError: there are fewer runs than `FEWEST`.
+    """
+    of_rates = [(f"{lr:g}", at) for lr, at in known.groupby("lr") if at["run"].nunique() >= FEWEST]
+    parts = [("all", known), *(of_rates if known["lr"].nunique() > 1 else [])]
+    found = []
+    for name, runs in parts:
+        table = correlations(runs)
+        table.insert(0, "lr", name)
+        found.append(table)
+    return pd.concat(found, ignore_index=True)
 
 
 def related(at: DataFrame, predictor: str, outcome: str) -> dict[str, float] | None:
