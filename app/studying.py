@@ -46,6 +46,8 @@ def beside(out: Path, name: str, runs: Sequence[Run], table: DataFrame | None) -
 def put(out: Path, name: str, table: DataFrame) -> DataFrame:
     """The table, written and read back, so that what is made of it does not depend on which runs were added when."""
     if not len(table):
+        for suffix in (".csv", ".png", ".pdf"):  # of runs that have come again without it
+            (out / f"{name}{suffix}").unlink(missing_ok=True)
         return table
     write_table(out, name, table)
     return pd.read_csv(out / f"{name}.csv", dtype=TEXTS)
@@ -77,7 +79,11 @@ def runs(folders: Sequence[str], out: Path) -> None:
             data and precision.
     """
     found = named(find_runs(folders))
-    lines = beside(out, "lines", found, lines_of(found))
+    of_found = lines_of(found)
+    for run in found:
+        if run.name not in set(of_found["run"]):
+            print(f"{run.folder}: no scores.csv with losses and PS of the forget and the held-out rows: it has no lines")
+    lines = beside(out, "lines", found, of_found)
     check_alike(lines)
     lines = put(out, "lines", lines)
     stopped = write_table(out, "rates", rates.stopped(lines))
@@ -129,11 +135,10 @@ def tell_words(folders: Sequence[str], out: Path) -> None:
         folders: of one run's G-effects at one step or more each.
 
     Raises:
-        ValueError: a folder has no tokens.parquet, or the run's rows have no wrong answers.
+        ValueError: that of `tokens_of`, or the run's rows have no wrong answers.
     """
     found = find_runs(folders)
-    tables = [read_tokens(run) for run in found]
-    table = with_weights(with_kinds(found[0], pd.concat(tables, ignore_index=True)))
+    table = with_weights(with_kinds(found[0], tokens_of(found)))
     columns = [name for name in ("e_u", "e_r", "loss", *WEIGHTED) if name in table]
     write_table(out, "words", words.told_apart(table, columns))
     draw(out, "words", figures.words, table)
@@ -146,10 +151,10 @@ def tell_rows(folders: Sequence[str], out: Path) -> None:
         folders: of one run's G-effects at one step or more each.
 
     Raises:
-        ValueError: a folder has no tokens.parquet.
+        ValueError: that of `tokens_of`.
     """
     found = find_runs(folders)
-    table = rows.of_rows(pd.concat([read_tokens(run) for run in found], ignore_index=True))
+    table = rows.of_rows(tokens_of(found))
     if (texts := found[0].texts) is not None:
         table = table.assign(question=[texts[row][0] for row in table["row"]])
     write_table(out, "rows", table)
@@ -158,11 +163,26 @@ def tell_rows(folders: Sequence[str], out: Path) -> None:
     draw(out, "rows", figures.rows, table)
 
 
-def read_tokens(run: Run) -> DataFrame:
-    """Columns step, row, position, token, loss, e_u, e_r."""
-    if (file := run.geffect("tokens.parquet")) is None:
-        raise ValueError(f"{run.folder}: no tokens.parquet; tokens=true of compute_geffect.py writes it")
-    return report_tables.shares(report_tables.read(file)).rename(columns={"unlearn": "e_u", "retain": "e_r"})
+def tokens_of(runs: Sequence[Run]) -> DataFrame:
+    """Columns step, row, position, token, loss, e_u, e_r, of one run's folders.
+
+    Raises:
+        ValueError: a folder has no tokens.parquet, two have the same step, or they are of several methods.
+    """
+    of_step: dict[int, Run] = {}
+    found = []
+    if len(methods := sorted({run.method for run in runs if run.method is not None})) > 1:
+        raise ValueError(f"folders of {' and '.join(methods)}: give those of one run")
+    for run in runs:
+        if (file := run.geffect("tokens.parquet")) is None:
+            raise ValueError(f"{run.folder}: no tokens.parquet; tokens=true of compute_geffect.py writes it")
+        table = report_tables.shares(report_tables.read(file)).rename(columns={"unlearn": "e_u", "retain": "e_r"})
+        for step in map(int, table["step"].unique()):
+            if step in of_step:
+                raise ValueError(f"{of_step[step].folder} and {run.folder}: both have step {step}; give each step once")
+            of_step[step] = run
+        found.append(table)
+    return pd.concat(found, ignore_index=True)
 
 
 def with_kinds(run: Run, table: DataFrame) -> DataFrame:

@@ -55,9 +55,23 @@ def test_a_run_is_stopped_where_it_forgets_most_and_still_keeps() -> None:
 
 def test_the_price_is_what_keeping_costs_at_equal_forgetting() -> None:
     table = pd.DataFrame({"step": [0, 5, 10, 15], "forget_loss": [0.1, 0.2, 1.0, 0.3], "retain_loss": [0.5, 0.6, 1.0, 2.0]})
-    assert rates.price(table) == pytest.approx(0.1 + 0.5 * 0.4, rel=1e-12)  # at a forget loss of 0.6
-    assert rates.price(table.sample(frac=1, random_state=0)) == rates.price(table)
-    assert np.isnan(rates.price(table, rise=1.0))
+    table["forget_ps"] = [1, 0.9, 0.1, 0]
+    found = rates.price(table)  # at a forget loss of 0.6
+    assert found == pytest.approx({"price": 0.1 + 0.5 * 0.4, "price_ps": 0.5, "price_span": 0.8}, rel=1e-12)
+    assert rates.price(table.sample(frac=1, random_state=0)) == found
+    assert np.isnan(list(rates.price(table, rise=1.0).values())).all()
+
+
+def test_a_run_that_diverges_ends_where_it_ends() -> None:
+    """A score that is not finite is none: it does not end the run before it."""
+    table = lines(1).assign(forget_loss=[0.1, 0.9, np.nan, np.nan], retain_ps=[1, 0.95, 0, 0], forget_ps=[1, 0.5, 0.2, 0.1])
+    found = rates.stopped(table).iloc[0]
+    assert found[["step", "forget_ps", "forget_ps_end", "retain_ps_end"]].tolist() == [5, 0.5, 0.1, 0]
+    known = prediction.table(table, rates.stopped(table))
+    assert known["forget_rise_end"].isna().all()
+    assert (known["retain_ps_end"] == 0).all()
+    with pytest.raises(ValueError, match="run0: no retain PS at step 0, its first"):
+        rates.stopped(table.assign(retain_ps=np.nan))
 
 
 def test_means_and_deviations_over_seeds() -> None:
@@ -90,8 +104,10 @@ def test_e_r_that_falls_with_e_u() -> None:
 def test_one_step() -> None:
     table = pd.DataFrame({"risk": "unlearn", "minus_lr_geffect": [1.0, -1, 2, 0], "update_effect": [2.0, 1, 4, 0]})
     found = claims.one_step(table.assign(risk_change=[1.0, 0.5, 3, 7])).set_index("predictor")
-    assert found.loc["update_effect"].tolist() == ["unlearn", 3, 1.0, 1.0, 0.5]
+    assert found.loc["update_effect"].tolist() == ["unlearn", 3, 1.0, 1.0, 1.0, 0.5]
     assert found.loc["minus_lr_geffect", ["signs", "rho"]].tolist() == [2 / 3, 1.0]
+    lacking = claims.one_step(table.assign(risk_change=[1.0, np.nan, -3, 7])).set_index("predictor").loc["update_effect"]
+    assert lacking[["steps", "rose", "signs"]].tolist() == [2, 0.5, 0.5]
 
 
 def test_a_run_that_keeps_nothing_is_stopped_before_it_begins() -> None:
@@ -165,6 +181,16 @@ def test_a_start_is_that_of_the_same_objective() -> None:
     assert found[found["step"] > 0]["e_u"].isna().sum() == table[table["step"] > 0]["e_u"].isna().sum()
 
 
+def test_at_step_0_runs_count_whose_start_is_anothers() -> None:
+    """What is the same for all there, as sums over the steps before, leaves none of them out."""
+    table = lines().assign(update_u=lambda table: table["step"] * table["e_u"])
+    table.loc[table["run"].isin(["run1", "run3"]), ["e_u", "update_u"]] = np.nan
+    found = prediction.correlations(prediction.table(table, rates.stopped(table)))
+    runs = found[found["outcome"] == "forget_ps_end"].groupby("step")["runs"].unique()
+    assert {step: list(counts) for step, counts in runs.items()} == {0: [8], 5: [6], 10: [6]}
+    assert "update_u" not in set(found[found["step"] == 0]["predictor"])
+
+
 def test_predictions_are_written_and_drawn(tmp_path: Path) -> None:
     lines().to_csv(tmp_path / "lines.csv", index=False)
     assert study.main(["predict", "--out", str(tmp_path)]) == 0
@@ -181,6 +207,8 @@ def test_a_sweeps_points_meet_the_runs_of_their_objective() -> None:
     for method, of in ends.groupby("method"):
         assert found.loc[method, "forget_ps"] == of["forget_ps"].min()
     assert found["ratio"].tolist() == [1 / 4, 2 / 3, 3 / 2, 4]
+    with pytest.raises(ValueError, match="m0 has two points at step 0; give one sweep of each step"):
+        ordering.beside(pd.concat([points, points.assign(geffect=1.0)]), ends)
     own = ends.assign(hyper=[0.5, np.nan] * 4)
     assert len(ordering.beside(points, own)) == 4
     assert (ordering.beside(points, own).set_index("method")["forget_ps"] == own[1::2].set_index("method")["forget_ps"]).all()
@@ -244,6 +272,19 @@ def test_the_commands_of_make_study_fit() -> None:
             assert {"ga", "rmu_5", "npo:0.1"} < set(entries(settings))
     for experiment in re.findall(r"[a-z]+", re.findall(r"for experiment in (.*?) method", text)[0].replace('"', "")):
         assert (ROOT / f"config/experiment/{experiment}.yaml").exists()
+
+
+def test_attacks_stand_in_their_order_and_runs_by_what_differs() -> None:
+    of = {"run": ["a"] * 2 + ["b"] * 3, "method": "npo", "lr": 3e-5, "model": "unlearned", "attack": "relearn", "epochs": 5}
+    table = pd.DataFrame(of | {"seed": [1] * 2 + [2] * 3, "hyper": [np.nan] * 2 + [0.1] * 3})
+    table["setting"] = ["step 0", "step 10", "step 0", "step 2", "step 10"]
+    bits = pd.DataFrame({"setting": ["4 bits", "as it is", "8 bits"]})["setting"]
+    assert figures._places("quantize", bits) == {"as it is": 0, "8 bits": 1, "4 bits": 2}
+    figure = figures.attacks(table.assign(forget_ps_exact=[0.1, 0.2, 0.3, 0.4, 0.5]))
+    assert figure is not None
+    [axes] = figure.axes
+    assert [np.asarray(line.get_xdata()).tolist() for line in axes.lines] == [[0, 10], [0, 2, 10]]
+    assert [line.get_label() for line in axes.lines] == ["npo seed 1", "npo hyper 0.1 seed 2"]
 
 
 # ---- real runs ----
@@ -340,6 +381,11 @@ def test_attacks_and_the_fair_comparison_of_runs(place: Path) -> None:
     assert figure is not None
     assert [len(axes.lines) for axes in figure.axes] == [2, 2]
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"wga", "retain model"}
+    bare = place / "attacked/bare"
+    shutil.copytree(attacked, bare)
+    (bare / "robustness.csv").unlink()
+    studying.runs([str(bare)], place / "of_attacks")
+    assert not list((place / "of_attacks").glob("attacks.*"))
     assert figures.attacks(of[of["attack"] == "none"]) is None
 
 
@@ -365,6 +411,9 @@ def test_order_words_and_rows(place: Path) -> None:
     total = pd.read_csv(place / "more/geffect/steps.csv").query("risk == 'retain'").set_index("step")["geffect"]
     np.testing.assert_allclose(of, total, rtol=1e-5)
     assert (place / "out2/rows.png").exists()
+    shutil.copytree(place / "more", place / "again")
+    again = run_in(place, "python study.py rows more again --out out3", check=False)
+    assert "more and again: both have step 0; give each step once" in again.stderr
 
 
 @pytest.mark.parametrize(

@@ -54,15 +54,17 @@ def one_step(foretold: DataFrame) -> DataFrame:
         foretold: columns risk, minus_lr_geffect, update_effect, risk_change (nats a token), a line a run and measured step.
 
     Returns:
-        Columns risk, predictor, steps, signs (the share of steps at which it is right), rho (Spearman's, with the change) and
-        ratio (the median of change over prediction). Steps that changed no weight are left out.
+        Columns risk, predictor, steps, rose (the share of steps at which the risk rose, whatever was foretold), signs (the
+        share at which the prediction's sign is right), rho (Spearman's, with the change) and ratio (the median of change over
+        prediction). Left out: steps that changed no weight, and those at which a number is not finite.
     """
     found = []
-    moved = foretold[foretold["update_effect"] != 0]
+    moved = foretold[foretold["update_effect"] != 0].dropna(subset=["minus_lr_geffect", "update_effect", "risk_change"])
     for risk, table in moved.groupby("risk", sort=False):
         change = table["risk_change"].to_numpy(dtype=float)
         for name in ("minus_lr_geffect", "update_effect"):
             said = table[name].to_numpy(dtype=float)
-            line = {"risk": risk, "predictor": name, "steps": len(table), "signs": float((said * change > 0).mean())}
+            line = {"risk": risk, "predictor": name, "steps": len(table), "rose": float((change > 0).mean())}
+            line |= {"signs": float((said * change > 0).mean())}
             found.append(line | {"rho": float(spearman(said[None], change[None])[0]), "ratio": float(np.median(change / said))})
     return DataFrame(found)

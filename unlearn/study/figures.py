@@ -69,10 +69,27 @@ def trajectories(lines: DataFrame) -> Figure | None:
 
 
 def _labels(lines: DataFrame) -> dict[str, str]:
-    """Each run by its method, and by its rate or seed where a method has several runs."""
-    first = lines.drop_duplicates("run").set_index("run")
-    several = first["method"].duplicated(keep=False)
-    return {run: f"{line['method']} {line['lr']:g}" if several[run] else line["method"] for run, line in first.iterrows()}
+    """Each run by its method, and where that has several by what differs between those: rate, hyper-parameter, epochs, seed."""
+    found = {}
+    for method, runs in lines.drop_duplicates("run").groupby("method", sort=False):
+        differ = [name for name in ("lr", "hyper", "epochs", "seed") if name in runs and runs[name].nunique(dropna=False) > 1]
+        for _, line in runs.iterrows():
+            of = [_of_setting(name, line[name]) for name in differ]
+            found[line["run"]] = " ".join([method, *(text for text in of if text)])
+    return found
+
+
+def _of_setting(name: str, value: float) -> str:
+    """A setting in a label: a rate as it stands, others with their name; empty for the default."""
+    return "" if np.isnan(value) else f"{value:g}" if name == "lr" else f"{name} {value:g}"
+
+
+def _places(attack: str, settings: Series) -> dict[str, int]:
+    """Where each setting is on the axis, from left to right: trained again by its steps; as it is, then ever fewer bits."""
+    if attack == "relearn":
+        return dict(sorted((name, int(name.split()[1])) for name in settings.unique()))
+    bits = sorted((name for name in settings.unique() if name != "as it is"), key=lambda name: -int(name.split()[0]))
+    return {name: place for place, name in enumerate(["as it is", *bits])}
 
 
 def layers(table: DataFrame) -> Figure | None:
@@ -139,12 +156,15 @@ def attacks(table: DataFrame) -> Figure | None:
     names = _labels(table)
     looks = dict(zip(names, cycle(zip(PALETTE, SHAPES, strict=False)), strict=False))
     for axes, way in zip(figure.subplots(1, len(ways), squeeze=False, sharey=True)[0], ways, strict=True):
+        at = _places(way, table[table["attack"] == way]["setting"])
         for (run, model), of in table[table["attack"] == way].groupby(["run", "model"], sort=False):
             colour, mark = looks[run]
             unlearned = {"color": colour, "marker": mark, "label": names[run]}
             retain = {"color": "0.3", "linestyle": "--", "label": "retain model"}
             of_model = unlearned if model == "unlearned" else retain
-            axes.plot(of["setting"], of["forget_ps_exact"], markersize=2.5, linewidth=0.9, **of_model)
+            of = of.assign(place=of["setting"].map(at)).sort_values("place")
+            axes.plot(of["place"], of["forget_ps_exact"], markersize=2.5, linewidth=0.9, **of_model)
+        axes.set_xticks(list(at.values()), list(at))
         axes.set_title(ATTACKS[way])
     figure.axes[0].set_ylabel("forget PS")
     legend_above(figure, 7)

@@ -16,14 +16,21 @@ def beside(points: DataFrame, ends: DataFrame) -> DataFrame:
     """Each objective's point at each step beside what came of its run.
 
     Args:
-        points: a sweep's table: step, risk, method, hyper_param (NaN: the default), geffect and, with `sweep_norms`, cosine.
+        points: of sweeps: step, risk, method, hyper_param (NaN: the default), geffect and, with `sweep_norms`, cosine.
         ends: that of `rates.stopped`; where a method was run at several rates and seeds, the mean is taken over the seeds and
             the best over the rates.
 
     Returns:
         Columns step, method, hyper, e_u, e_r, ratio (e_r / |e_u|), cos_u, cos_r where there are cosines, forget_ps,
         forget_ps_end, retain_ps_end, price.
+
+    Raises:
+        ValueError: an objective has two points at a step.
     """
+    twice = points[points.duplicated(["step", "risk", "method", "hyper_param"])]
+    if len(twice):
+        line = twice.iloc[0]
+        raise ValueError(f"sweeps: {line['method']} has two points at step {line['step']}; give one sweep of each step")
     values = [name for name in ("geffect", "cosine") if name in points]
     wide = points.pivot_table(index=["step", "method", "hyper_param"], columns="risk", values=values, dropna=False)
     wide = wide.dropna(how="all")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pandas import DataFrame
+from pandas import DataFrame, Series
 from scipy.stats import rankdata
 
 from unlearn.study.rates import RISE
@@ -37,8 +37,8 @@ def table(lines: DataFrame, ends: DataFrame) -> DataFrame:
     for risk in ("forget", "retain"):
         loss = found[f"{risk}_loss"]
         found[f"{risk}_rise"] = loss - of_run[f"{risk}_loss"].transform("first")
-        found[f"{risk}_rise_end"] = of_run[f"{risk}_loss"].transform("last") - loss
-        found[f"{risk}_ps_end"] = of_run[f"{risk}_ps"].transform("last")
+        found[f"{risk}_rise_end"] = of_run[f"{risk}_loss"].transform(_last) - loss
+        found[f"{risk}_ps_end"] = of_run[f"{risk}_ps"].transform(_last)
     for letter in ("u", "r"):
         if f"e_{letter}" in found:
             found[f"lr_e_{letter}"] = found["lr"] * found[f"e_{letter}"]
@@ -48,6 +48,11 @@ def table(lines: DataFrame, ends: DataFrame) -> DataFrame:
     risen = (found["forget_rise"] >= RISE).groupby(found["run"]).cummax()
     found["price"] = price.where(~risen)
     return found[found["step"] < of_run["step"].transform("max")]
+
+
+def _last(values: Series) -> float:
+    """Pandas' own skips what is not finite: a run that has diverged would end before that."""
+    return float(values.iloc[-1])
 
 
 def with_starts(lines: DataFrame) -> DataFrame:
@@ -76,7 +81,7 @@ def correlations(known: DataFrame) -> DataFrame:
         raise ValueError(f"{runs} runs: a rank correlation is told of at least {FEWEST}")
     found = []
     for step, at in known.groupby("step"):
-        there = [name for name in (*GEFFECT, *RIVALS) if name in at and at[name].notna().any()]
+        there = [name for name in (*GEFFECT, *RIVALS) if name in at and at[name].nunique() > 1]
         at = at.dropna(subset=there)
         for predictor in there:
             for outcome in OUTCOMES:
@@ -87,24 +92,20 @@ def correlations(known: DataFrame) -> DataFrame:
 
 
 def by_rate(known: DataFrame) -> DataFrame:
-    """`correlations` of all runs, and, where there are several learning rates, of those at each that `FEWEST` runs have.
+    """`correlations` of all runs, and, where those compared have several learning rates, of each rate's alone.
 
     Over runs of several rates a predictor may tell no more than the rate does; within one it has to tell the methods apart.
 
     Returns:
-        Column lr ("all", or the rate), and those of `correlations`.
+        Column lr ("all", or a rate that `FEWEST` runs have), and those of `correlations`.
 
     Raises:
         ValueError: there are fewer runs than `FEWEST`.
     """
-    of_rates = [(f"{lr:g}", at) for lr, at in known.groupby("lr") if at["run"].nunique() >= FEWEST]
-    parts = [("all", known), *(of_rates if known["lr"].nunique() > 1 else [])]
-    found = []
-    for name, runs in parts:
-        table = correlations(runs)
-        table.insert(0, "lr", name)
-        found.append(table)
-    return pd.concat(found, ignore_index=True)
+    whole = correlations(known)
+    parts = {f"{lr:g}": correlations(at) for lr, at in known.groupby("lr") if at["run"].nunique() >= FEWEST}
+    apart = {"all": whole} | {name: table for name, table in parts.items() if not table.equals(whole)}
+    return pd.concat([table.assign(lr=name)[["lr", *whole]] for name, table in apart.items()], ignore_index=True)
 
 
 def related(at: DataFrame, predictor: str, outcome: str) -> dict[str, float] | None:

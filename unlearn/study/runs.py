@@ -70,7 +70,7 @@ def lines_of(runs: Iterable[Run]) -> DataFrame:
         update_u, update_r: sum over the steps before of < theta' - theta, V >, V of the last measurement (`geffect.monitor`).
         batch_u, batch_r: mean over the steps before of the cosine of the step's own gradient and V.
         lr_norm: sum over the steps before of learning rate times gradient norm. loss: the last of those steps' training loss.
-        NaN where a run lacks the table.
+        NaN where a run lacks the table, or a score is not finite.
 
     Raises:
         ValueError: none of the runs has scores, or a table is not readable.
@@ -86,7 +86,7 @@ def of_run(run: Run) -> DataFrame | None:
     scores = report_tables.scores([run])
     if scores is None or not set(SCORES) <= set(scores):
         return None
-    table = scores.rename(columns=SCORES)[["step", *SCORES.values()]].dropna()
+    table = scores.rename(columns=SCORES)[["step", *SCORES.values()]].dropna(subset=list(SCORES.values()), how="all")
     for found in (effects(run), monitored(run, table["step"]), logged(run, table["step"])):
         if found is not None:
             table = table.merge(found, on="step", how="left")
@@ -106,7 +106,8 @@ def effects(run: Run) -> DataFrame | None:
     for risk, letter in SHORT.items():
         of_risk = table[table["risk"] == risk].rename(columns={name: f"{short}_{letter}" for name, short in OF_RISK.items()})
         columns = ["step", *(f"{short}_{letter}" for short in OF_RISK.values())]
-        found = found.merge(of_risk[[*columns, *(["objective_norm"] if risk == "unlearn" else [])]], on="step", how="left")
+        columns += [name for name in ("objective_norm",) if risk == "unlearn" and name in table]
+        found = found.merge(of_risk[columns], on="step", how="left")
     return found.rename(columns={"objective_norm": "norm"})
 
 
