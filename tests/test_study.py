@@ -6,7 +6,9 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -119,19 +121,24 @@ def test_a_run_that_keeps_nothing_is_stopped_before_it_begins() -> None:
 def test_ranks_are_scipys() -> None:
     draw = np.random.default_rng(1)
     x, y = draw.integers(4, size=(2, 6, 20)).astype(float)
-    found = prediction.spearman(x, y)
-    assert found == pytest.approx([spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)], abs=1e-12)
-    assert np.isnan(prediction.spearman(np.ones((1, 5)), np.arange(5.0)[None])[0])
+    for a, b in zip(x, y, strict=True):
+        assert prediction.spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+    assert np.isnan(prediction.spearman(np.ones(5), np.arange(5.0)))
 
 
-def test_intervals_are_a_loops() -> None:
+@pytest.mark.parametrize("groups", [range(12), ["b", "a", "a", "c", "d", "b", "b", "e", "f", "a", "d", "c"]])
+def test_intervals_are_a_loops(groups: Sequence[Any]) -> None:
+    """Each draw has all members of its groups."""
     draw = np.random.default_rng(2)
-    x, y = draw.normal(size=(2, 12))
+    x, y = draw.integers(6, size=(2, 12)).astype(float)
+    names = list(dict.fromkeys(groups))
     again = np.random.default_rng(prediction.SEED)
     rhos = []
-    for places in again.integers(12, size=(prediction.RESAMPLES, 12)):
-        rhos.append(spearmanr(x[places], y[places]).statistic)
-    found = prediction.interval(x, y)
+    for drawn in again.integers(len(names), size=(prediction.RESAMPLES, len(names))):
+        places = [i for group in drawn for i in range(12) if groups[i] == names[group]]
+        if len(set(x[places])) > 1 and len(set(y[places])) > 1:
+            rhos.append(spearmanr(x[places], y[places]).statistic)
+    found = prediction.interval(x, y, groups)
     assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(rhos, [2.5, 97.5])), abs=1e-12)
     assert found["rho"] == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
 

@@ -24,7 +24,7 @@ def together(lines: DataFrame) -> DataFrame:
         e_u, e_r = table["e_u"].to_numpy(dtype=float), table["e_r"].to_numpy(dtype=float)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = e_r / abs(e_u)
-        line = {"run": run, "method": table["method"].iloc[0], "rho": float(spearman(e_u[None], e_r[None])[0])}
+        line = {"run": run, "method": table["method"].iloc[0], "rho": spearman(e_u, e_r)}
         found.append(line | {"ratio_first": ratio[0], "ratio_last": ratio[-1], "keeps": float((e_r >= 0).mean())})
     return DataFrame(found)
 
@@ -66,5 +66,5 @@ def one_step(foretold: DataFrame) -> DataFrame:
             said = table[name].to_numpy(dtype=float)
             line = {"risk": risk, "predictor": name, "steps": len(table), "rose": float((change > 0).mean())}
             line |= {"signs": float((said * change > 0).mean())}
-            found.append(line | {"rho": float(spearman(said[None], change[None])[0]), "ratio": float(np.median(change / said))})
+            found.append(line | {"rho": spearman(said, change), "ratio": float(np.median(change / said))})
     return DataFrame(found)

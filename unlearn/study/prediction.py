@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pandas import DataFrame, Series
-from scipy.stats import rankdata
 
 from unlearn.study.rates import RISE
 
@@ -71,8 +73,9 @@ def correlations(known: DataFrame) -> DataFrame:
 
     Returns:
         Columns step, predictor, kind (G-effect or rival), outcome, runs, rho, and low and high, its 95% interval by bootstrap
-        over runs (`RESAMPLES` draws from seed `SEED`). All predictors of a step are compared on the same runs, those that have
-        every one of them. Left out: outcomes of fewer than `FEWEST` of these, and values that are all the same.
+        over methods (`RESAMPLES` draws from seed `SEED`): a method's runs at several rates are drawn together, as they are not
+        independent. All predictors of a step are compared on the same runs, those that have every one of them. Left out:
+        outcomes of fewer than `FEWEST` of these, and values that are all the same.
 
     Raises:
         ValueError: there are fewer runs than `FEWEST`.
@@ -109,25 +112,40 @@ def by_rate(known: DataFrame) -> DataFrame:
 
 
 def related(at: DataFrame, predictor: str, outcome: str) -> dict[str, float] | None:
-    """runs, rho, low, high of the lines that have both; None for fewer than `FEWEST`, or where either is all the same."""
-    pair = at[[predictor, outcome]].dropna().to_numpy(dtype=float)
-    if len(pair) < FEWEST or not (pair != pair[0]).any(axis=0).all():
+    """runs, rho, low, high of the lines that have both; None for fewer than `FEWEST`, or where either is all the same.
+
+    Lines of one `method`, where there is such a column, are drawn together.
+    """
+    pair = at.dropna(subset=[predictor, outcome])
+    x, y = (pair[name].to_numpy(dtype=float) for name in (predictor, outcome))
+    if len(pair) < FEWEST or not ((x != x[0]).any() and (y != y[0]).any()):
         return None
-    return {"runs": len(pair)} | interval(pair[:, 0], pair[:, 1])
+    return {"runs": len(pair)} | interval(x, y, pair["method"] if "method" in pair else range(len(pair)))
 
 
-def interval(x: Array, y: Array) -> dict[str, float]:
-    """rho of all runs, and the 2.5th and 97.5th percentile of that of runs drawn with replacement."""
-    drawn = np.random.default_rng(SEED).integers(len(x), size=(RESAMPLES, len(x)))
-    of_drawn = spearman(x[drawn], y[drawn])
-    low, high = np.nanpercentile(of_drawn, [2.5, 97.5])
-    return {"rho": float(spearman(x[None], y[None])[0]), "low": float(low), "high": float(high)}
+def interval(x: Array, y: Array, groups: Iterable[Any]) -> dict[str, float]:
+    """rho of all, and the 2.5th and 97.5th percentile of that of groups drawn with replacement, each with all its members."""
+    group = pd.factorize(np.asarray(groups))[0]
+    n = group.max() + 1
+    drawn = np.random.default_rng(SEED).integers(n, size=(RESAMPLES, n))
+    times = (drawn[:, :, None] == np.arange(n)).sum(axis=1)[:, group]
+    low, high = np.nanpercentile(_of_draws(x, y, times.astype(float)), [2.5, 97.5])
+    return {"rho": spearman(x, y), "low": float(low), "high": float(high)}
 
 
-def spearman(x: Array, y: Array) -> Array:
-    """Spearman's rho of each row of x (n, runs) with that of y, ties at their mean rank; NaN where a row is constant."""
-    ranks = [rankdata(values, axis=1) for values in (x, y)]
-    a, b = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
+def spearman(x: Array, y: Array) -> float:
+    """Spearman's rho, ties at their mean rank; NaN where either is constant."""
+    return float(_of_draws(x, y, np.ones((1, len(x))))[0])
+
+
+def _of_draws(x: Array, y: Array, times: Array) -> Array:
+    """Spearman's rho of each draw that has pair i `times[draw, i]` times: Pearson's of its mean ranks by these weights."""
+    ranks = []
+    for values in (x, y):
+        below = (values[:, None] > values) + 0.5 * (values[:, None] == values)
+        rank = times @ below.T
+        ranks.append(rank - (times * rank).sum(axis=1, keepdims=True) / times.sum(axis=1, keepdims=True))
+    a, b = ranks
     with np.errstate(invalid="ignore", divide="ignore"):
-        rho: Array = (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+        rho: Array = (times * a * b).sum(axis=1) / np.sqrt((times * a**2).sum(axis=1) * (times * b**2).sum(axis=1))
     return rho
