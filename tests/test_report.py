@@ -577,7 +577,7 @@ def test_a_step_that_a_run_was_not_measured_at_is_said(browser: Any, folders: li
 
     def shown(step: str) -> list[tuple[int, bool]]:
         page.select_option("#figure-instances select.step", step)
-        page.evaluate("Promise.all([...views.values()].map((view) => view.view.runAsync()))")
+        page.evaluate("Promise.all([...views.values()].map((view) => view.view.runAsync())).then(() => null)")
         panels = [page.locator(f"#instances-{i}") for i in range(2)]
         words = f"not measured at step {step}"
         return [(one.locator(".mark-symbol path").count(), words in one.text_content()) for one in panels]
