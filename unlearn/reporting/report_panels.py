@@ -175,12 +175,12 @@ def zero(channel: str = "y", at: float = 0) -> dict[str, Any]:
 
 def not_measured(steps: Sequence[int], words: str) -> dict[str, Any]:
     """Words in place of the points, where the chosen `step` is none of these."""
-    middle = {axis: {"expr": f"{size} / 2"} for axis, size in (("x", "width"), ("y", "height"))}
+    above = {axis: {"expr": at} for axis, at in (("x", "width / 2"), ("y", "height / 4"))}
     text = {"expr": f"'{words} at step ' + step"}
     return {
         "data": {"values": [{}]},
         "transform": [{"filter": f"indexof({list(steps)}, step) < 0"}],
-        "mark": {"type": "text", "text": text, "color": "@soft", "fontSize": 12, **middle},
+        "mark": {"type": "text", "text": text, "color": "@soft", "fontSize": 12, **above},
     }
 
 

@@ -58,7 +58,7 @@ def over_steps(runs: Sequence[Run], names: list[str]) -> list[Figure]:
 def _in_lines(table: DataFrame) -> list[list[tuple[score_figures.Panel, str, str]]]:
     """Lines of panels, each as kind, data and how the column's name ends: a line a score, its data beside each other."""
     found: list[list[tuple[score_figures.Panel, str, str]]] = []
-    parts = [parts_of(column) for column in table if column not in ("run", "step")]
+    parts = [parts for column in table if column not in ("run", "step") if column_of(*(parts := parts_of(column))) == column]
     sets = dict.fromkeys(("", *score_figures.DATA, *(data for data, _ in parts)))
     for panel in score_figures.REPORTED:
         of = {end: [data for data in sets if (data, end) in parts] for end in panel.scores}
