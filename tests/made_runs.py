@@ -53,7 +53,8 @@ def make_run(folder: Path, data: Path, method: str = "npo", seed: int = 42) -> P
         write = table.to_parquet if name.endswith("parquet") else table.to_csv
         write(folder / "geffect" / name, index=False)
     make_monitor().to_csv(folder / "geffect/monitor.csv", index=False)
-    make_scores().to_csv(folder / "scores.csv", index=False)
+    of_tasks = {"wmdp_bio_acc": [0.4, 0.6, 0.3, 0.5], "retain_model_wmdp_bio_acc": [0.25, np.nan, 0.25, 0.25]}
+    make_scores().assign(**of_tasks).to_csv(folder / "scores.csv", index=False)
     scored = folder / "checkpoint-12/eval_results/ds_size300"
     make_control().to_csv(scored / "control.csv", index=False)
     (scored / "scores.json").write_text(json.dumps({"control": {"bar": 0.8, "weight": 0.25}}))

@@ -20,9 +20,10 @@ from test_figures import BLOCKS, ROWS, STEPS, make_tables, write
 import report
 from app.reporting import find_runs, unique
 from unlearn.reporting import report_tables
-from unlearn.reporting.report_page import MOST, as_json, columns
-from unlearn.reporting.report_panels import ends, power, scaled
+from unlearn.reporting.report_page import MOST, as_json, columns, of_steps
+from unlearn.reporting.report_panels import Figure, ends, power, scaled
 from unlearn.reporting.report_sections import sections
+from unlearn.study.claims import one_step
 
 ALL = ["losses", "geffects", "layers", "instances", "tokens", "objectives", "scores", "fair", "attacks", "inside"]
 
@@ -85,9 +86,8 @@ def test_texts_that_would_end_a_script_stay_texts(made: Path, folders: list[Path
     assert len(page.scripts) == 3
     assert "alert(1)" not in [script.strip() for script in page.scripts]
     found = json.loads(page.scripts[0])
-    assert found["texts"] == [
-        [[HOSTILE, "A <i>writer</i>."], *([f"Where was author {i} born?", f"In town {i}."] for i in range(1, ROWS))]
-    ]
+    texts = [[HOSTILE, "A <i>writer</i>."], *([f"Where was author {i} born?", f"In town {i}."] for i in range(1, ROWS))]
+    assert found["texts"] == [{str(i): both for i, both in enumerate(texts)}]
     assert found["textOf"] == {"npo_kl": 0, "ga_kl": 0}  # once for both
     for text in ("</script>", "<!--", "\u2028", "&lt;", "]]>"):
         assert json.loads(as_json(text)) == text
@@ -159,8 +159,10 @@ def test_big_tables_are_cut_and_the_page_says_so(folders: list[Path], tmp_path: 
     assert said.startswith("npo_kl: ")
     assert f"of {ROWS} rows" in said
     monkeypatch.setattr("unlearn.reporting.report_page.MOST", 1000)
-    with pytest.raises(ValueError, match="the report of 1 runs has 1.* MB, and 0 is the most; give fewer"):
+    with pytest.raises(ValueError, match="the run's report has 1.* MB without its rows' texts, and 0 is the most; its largest"):
         report.run([str(folders[0])], tmp_path / "x.html")
+    with pytest.raises(ValueError, match="the report of 2 runs has 1.* MB without .*, and 0 is the most; give fewer"):
+        report.run([str(folder) for folder in folders], tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
 
 
@@ -320,6 +322,185 @@ def test_columns_are_what_the_page_reads() -> None:
     assert columns(table) == {"run": {"names": ["a"], "at": [0, -1, 0]}, "step": [0, 1, 2], "e": [0.333333, None, 4]}
 
 
+# ---- nothing is left out without a word ----
+
+
+def figures_of(folders: list[Path]) -> dict[str, Figure]:
+    return {figure.name: figure for section in sections(find_runs(list(map(str, folders)))) for figure in section.figures}
+
+
+def told(figure: Figure) -> str:
+    return " ".join(figure.notes)
+
+
+@pytest.fixture
+def run(folders: list[Path], tmp_path: Path) -> Path:
+    """A copy of a run, to change."""
+    return Path(shutil.copytree(folders[0], tmp_path / "run"))
+
+
+def change(file: Path, column: str, value: float, step: int | None = None) -> int:
+    """Put a value into a column of a table, of one step or of its first line; returns how many lines that are."""
+    table = pd.read_csv(file)
+    at = table["step"] == step if step is not None else table.index == 0
+    table.loc[at, column] = value
+    table.to_csv(file, index=False)
+    return int(at.sum())
+
+
+def test_steps_at_which_nothing_moved_foretell_nothing(run: Path) -> None:
+    """By hand: of three steps that moved weights two signs are right, and a guess that all rise is right as often."""
+    lines = [(0, "unlearn", 0.0, 0.0), (1, "unlearn", 0.2, 0.1), (2, "unlearn", -0.2, 0.3), (3, "unlearn", 0.1, 0.2)]
+    lines += [(1, "retain", 0.1, -0.1), (2, "retain", -0.1, -0.2)]
+    table = pd.DataFrame(lines, columns=["step", "risk", "update_effect", "risk_change"]).assign(minus_lr_geffect=1.0)
+    table.to_csv(run / "geffect/prediction.csv", index=False)
+    found = told(figures_of([run])["prediction"])
+    assert "Forget rows: the sign agrees in 2 of 3 cases; in 3 of them the risk rose." in found
+    assert "1 of 6 cases are left out: there nothing moved." in found
+    assert "Held-out retain rows: the sign agrees in 1 of 2 cases; in 0 of them the risk rose." in found
+    signs = one_step(table.assign(run="a")).query("predictor == 'update_effect'")
+    assert list(signs["signs"]) == pytest.approx([2 / 3, 1 / 2])  # as the study counts
+
+
+def test_an_attack_at_an_earlier_checkpoint_is_shown(run: Path) -> None:
+    lines = make_attacks()
+    lines.loc[lines["attack"] != "quantize", "step"] = 10
+    lines.loc[lines["attack"] == "quantize", "step"] = 20
+    again = lines[lines["attack"] == "prefix"].assign(step=5)
+    later = lines[(lines["attack"] == "paraphrase") & (lines["model"] == "unlearned")].assign(step=20)
+    pd.concat([lines, again, later]).to_csv(run / "robustness.csv", index=False)
+    found = figures_of([run])
+    assert {"relearn", "quantize", "sample", "asked"} <= set(found)
+    assert told(found["relearn"]).startswith("npo_kl at step 10. Scored on 8 rows.")
+    assert told(found["quantize"]).startswith("npo_kl at step 20.")
+    assert told(found["asked"]).startswith(
+        "npo_kl: prefix, unlearned at step 10; prefix, retain at step 10; paraphrase, retain at step 10;"
+        " paraphrase, unlearned at step 20 (not shown: steps 5, 10)."
+    )
+    table = report_tables.attacks(find_runs([str(run)]))
+    assert table is not None
+    assert list(table.columns) == ["run", *lines.columns]  # as the study's tables have them
+
+
+def test_a_long_log_is_cut_and_its_losses_counted(run: Path) -> None:
+    log = [{"step": i, "loss": None if i in (3, 7) else 1.0, "grad_norm": 1.0} for i in range(1, 1001)]
+    log[99] |= {"e_u": 1.0}
+    (run / "logs/train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    rng = np.random.default_rng(0)
+    steps = [(step, risk, *rng.normal(size=2)) for step in range(1000) for risk in ("unlearn", "retain")]
+    monitor = pd.DataFrame(steps, columns=["step", "risk", "gradient", "update"])
+    monitor.to_csv(run / "geffect/monitor.csv", index=False)
+    found = figures_of([run])
+    cut = "npo_kl: 400 of 1000 steps, evenly apart, to keep the page small."
+    assert found["log"].notes == [cut, "2 of 1000 values of Loss are not finite, and are not drawn."]
+    assert found["log"].table["step"].nunique() == 400
+    assert found["monitor"].notes == [cut]
+    assert len(found["monitor"].table) == 800
+
+
+def test_what_is_not_finite_is_counted_everywhere(run: Path) -> None:
+    scored = run / "checkpoint-12/eval_results/ds_size300/control.csv"
+    scored.write_text(scored.read_text().replace("0.25,0.75", "0.25,inf"))
+    change(run / "geffect/monitor.csv", "update", np.nan)
+    change(run / "scores.csv", "forget_rouge", np.inf)
+    change(run / "scores.csv", "retain_loss", np.inf, 0)
+    change(run / "robustness.csv", "forget_rouge", np.nan)
+    change(run / "geffect/sweep.csv", "geffect", np.inf, 15)
+    change(run / "geffect/steps.csv", "risk_value", np.inf)
+    change(run / "layers.csv", "cka", np.nan)
+    tokens = pd.read_parquet(run / "geffect/tokens.parquet")
+    tokens.loc[(tokens["row"] == 0) & (tokens["step"] == 0), "geffect"] = np.inf
+    tokens.to_parquet(run / "geffect/tokens.parquet")
+    found = figures_of([run])
+    assert "1 of 30 values are not finite, and are not drawn." in told(found["monitor"])
+    assert "npo_kl: 2 values are not finite, and are not drawn." in told(found["scores"])
+    assert "1 of 5 values of forget PS are not finite, and are not drawn." in told(found["control"])
+    assert "1 of 6 values of forget_rouge are not finite, and are not drawn." in told(found["relearn"])
+    assert "4 of 4 values are not finite, and are not drawn." in told(found["objectives"])
+    assert "1 of 8 values of risk_value are not finite, and are not drawn." in told(found["steps"])
+    assert "1 of 8 values are not finite, and are not drawn." in told(found["inside"])
+    assert "5 of 420 values are not finite, and are not drawn. Their tokens are grey" in told(found["tokens"])
+
+
+def test_which_checkpoint_it_is_of_is_said(run: Path) -> None:
+    shutil.copytree(run / "checkpoint-12", run / "checkpoint-6")
+    inside = pd.read_csv(run / "layers.csv")
+    pd.concat([inside.assign(step=6), inside]).to_csv(run / "layers.csv", index=False)
+    found = figures_of([run])
+    assert "npo_kl at step 12 (not shown: step 6)." in told(found["control"])
+    assert "npo_kl at step 12 (not shown: step 6)." in told(found["inside"])
+    assert "Also in layers.csv, and not drawn: retain beside original." in told(found["inside"])
+    assert "npo_kl at step 15 (not shown: steps 0, 5, 10)." in told(found["objectives"])
+
+
+def test_bars_that_differ_are_not_drawn_and_said(folders: list[Path], run: Path) -> None:
+    (run / "checkpoint-12/eval_results/ds_size300/scores.json").write_text('{"control": {"bar": 0.7, "weight": 0.5}}')
+    assert "no line across" in told(figures_of([run, folders[1]])["control"])
+
+
+def test_texts_are_of_the_rows_that_are_shown(run: Path) -> None:
+    for name in ("instances.csv", "tokens.parquet"):
+        (run / "geffect" / name).unlink()
+    table = make_tables()["instances.csv"]
+    table[table["row"].isin(["1", "3", "retain"])].to_csv(run / "geffect/instances.csv", index=False)
+    found = data_of(report.run([str(run)]))
+    assert found["texts"] == [{str(i): [f"Where was author {i} born?", f"In town {i}."] for i in (1, 3)}]
+
+
+def test_long_texts_are_cut_before_a_run_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data(tmp_path / "data")
+    rows = [{"question": "q" * 3000, "answer": "a" * 90} for _ in range(ROWS)]
+    (data / "forget10.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = make_run(tmp_path / "long", data)
+    file = report.run([str(folder)])
+    assert "Texts are cut to 400 letters." in file.read_text()
+    monkeypatch.setattr("unlearn.reporting.report_page.MOST", file.stat().st_size - 300)
+    report.run([str(folder)])
+    assert "Texts are cut to 100 letters, to keep the page small." in file.read_text()
+    assert data_of(file)["texts"][0]["0"] == ["q" * 99 + "…", "a" * 90]
+    monkeypatch.setattr("unlearn.reporting.report_page.MOST", file.stat().st_size - 2 * 190 * ROWS // 3)
+    monkeypatch.setattr("unlearn.reporting.report_page.LETTERS", (400, 100, 0))
+    report.run([str(folder)])
+    assert "Texts are left out, to keep the page small." in file.read_text()
+    assert data_of(file)["textOf"] == {}
+
+
+def test_scores_of_lm_eval_and_all_others_are_drawn(run: Path) -> None:
+    scores = pd.read_csv(run / "scores.csv").assign(
+        wmdp_bio_acc=[0.6, 0.5, 0.4, 0.3],
+        retain_model_wmdp_bio_acc=[np.nan, 0.25, 0.25, 0.25],
+        wikitext_word_perplexity=12.0,
+        forget_extraction_strength=0.5,
+        houses_rouge=0.5,
+        auc_gradnorm=0.6,
+        strange=1.0,
+    )
+    scores.to_csv(run / "scores.csv", index=False)
+    found = figures_of([run])
+    titles = [panel.title for panel in found["harness"].panels]
+    assert titles == ["wmdp_bio_acc", "wikitext_word_perplexity"]
+    table = found["harness"].table
+    ordered = scores.sort_values("step")
+    assert list(table[table["model"] == "unlearned"]["wmdp_bio_acc"]) == list(ordered["wmdp_bio_acc"])
+    assert list(table[table["model"] == "retain"]["wmdp_bio_acc"]) == [0.25] * 3
+    drawn = {panel.spec["layer"][-1]["encoding"]["y"]["field"] for panel in found["scores"].panels}
+    assert {"privleak", "forget_extraction_strength", "houses_rouge", "auc_gradnorm"} <= drawn
+    assert "Also in scores.csv, and not drawn: strange." in told(found["scores"])
+
+
+def test_the_summary_tells_the_step_of_an_earlier_score() -> None:
+    table = pd.DataFrame({"step": [0, 5, 10], "rouge": [1.0, 0.5, np.nan], "ps": [0.9, 0.8, 0.1]})
+    assert of_steps(table, "ps") == "0.9 → 0.1"
+    assert of_steps(table, "rouge") == "1 → 0.5 (step 5)"
+
+
+def test_a_gradient_rule_s_step_is_drawn(run: Path) -> None:
+    table = pd.read_csv(run / "geffect/steps.csv")
+    table.assign(rule_geffect=table["geffect"]).to_csv(run / "geffect/steps.csv", index=False)
+    fields = [panel.spec["layer"][-1]["encoding"]["y"]["field"] for panel in figures_of([run])["steps"].panels]
+    assert fields.count("rule_geffect") == 2
+
+
 # ---- the page, in a browser ----
 
 
@@ -383,6 +564,27 @@ def test_what_is_not_finite_is_grey_or_left_out_and_counted(browser: Any, folder
     page.wait_for_function("!document.querySelector('#instances-0 .mark-symbol path')")
     assert "not finite" in str(page.get_attribute("#tokens-shown .text span", "title"))
     assert said == []
+    page.close()
+
+
+def test_a_step_that_a_run_was_not_measured_at_is_said(browser: Any, folders: list[Path], run: Path) -> None:
+    """Runs measured at steps 0 to 15, and at 0 and 20: at each choice a panel has its points or says why not."""
+    table = make_tables()["instances.csv"].query("step in (0, 15)")
+    table.assign(step=table["step"].replace(15, 20)).to_csv(run / "geffect/instances.csv", index=False)
+    page = browser.new_page()
+    page.goto(report.run([str(folders[0]), str(run)], run / "both.html").as_uri())
+    drawn(page)
+
+    def shown(step: str) -> list[tuple[int, bool]]:
+        page.select_option("#figure-instances select.step", step)
+        page.evaluate("Promise.all([...views.values()].map((view) => view.view.runAsync())).then(() => null)")
+        panels = [page.locator(f"#instances-{i}") for i in range(2)]
+        words = f"not measured at step {step}"
+        return [(one.locator(".mark-symbol path").count(), words in one.text_content()) for one in panels]
+
+    assert shown("20") == [(0, True), (ROWS, False)]
+    assert shown("15") == [(ROWS, False), (0, True)]
+    assert shown("0") == [(ROWS, False), (ROWS, False)]
     page.close()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from pandas import DataFrame
 
 from unlearn.reporting import report_tables as tables
 from unlearn.reporting.objectives_figure import plane
@@ -17,6 +18,8 @@ from unlearn.reporting.report_panels import (
     heat_map,
     lines,
     not_finite,
+    not_finite_each,
+    not_measured,
     points,
     quantity,
     tip,
@@ -30,8 +33,8 @@ SYMBOLS = {"unlearn": "e_u", "retain": "e_r"}
 
 
 def training(runs: Sequence[Run], names: list[str]) -> list[Figure]:
-    table = tables.logs(runs)
-    if table is None:
+    whole = tables.logs(runs)
+    if whole is None:
         return []
     labels = {
         "loss": ("Loss", "what training minimises"),
@@ -42,7 +45,11 @@ def training(runs: Sequence[Run], names: list[str]) -> list[Figure]:
         "e_u": ("e_u, measured meanwhile", UNIT),
         "e_r": ("e_r, measured meanwhile", UNIT),
     }
-    shown = [name for name in labels if name in table and table[name].notna().any()]
+    there = [name for name in labels if name in whole and whole[name].notna().any()]
+    table, notes = tables.fewer_steps(whole)
+    for name in there:
+        notes += not_finite(whole[whole[name].notna()], [name], f"values of {labels[name][0]}")
+    shown = [name for name in there if np.isfinite(table[name]).any()]
     if "objective" in shown and (table["objective"] - table["loss"]).abs().max() == 0:
         shown.remove("objective")  # no retain term: the same line twice
     panels = [
@@ -53,7 +60,7 @@ def training(runs: Sequence[Run], names: list[str]) -> list[Figure]:
         "Each step's loss, of the rows of that step. Losses of different objectives are different things and do not compare;"
         " the table above has the cross-entropy of whole sets, before and after, which does."
     )
-    return [Figure("log", "The training log", reading, table[["run", "step", *shown]], panels)]
+    return [Figure("log", "The training log", reading, table[["run", "step", *shown]], panels, notes=notes)]
 
 
 def steps(runs: Sequence[Run], names: list[str]) -> list[Figure]:
@@ -62,24 +69,25 @@ def steps(runs: Sequence[Run], names: list[str]) -> list[Figure]:
         return []
     rows = [
         ("geffect", "{}, G-effect {}", 0),
+        ("rule_geffect", "{}, G-effect of the gradient rule's step {}", 0),
         ("risk_value", "risk (nats/token)", None),
         ("cosine", "cosine of the gradients", 0),
     ]
+    rows = [row for row in rows if row[0] in table and table[row[0]].notna().any()]
     panels = []
     for value, label, across in rows:
-        if table[value].notna().any():
-            for risk in [risk for risk in RISKS if (table["risk"] == risk).any()]:
-                y = quantity(value, table[value], across=across)
-                spec = lines(("step", "step"), y, names, [(value, value.replace("_", " "))], across)
-                label_of = label.format(SYMBOLS[risk], UNIT)
-                panels.append(Panel(OF_RISK[risk].capitalize(), label_of, "steps", spec, {"risk": risk}))
+        for risk in [risk for risk in RISKS if (table["risk"] == risk).any()]:
+            y = quantity(value, table[value], across=across)
+            spec = lines(("step", "step"), y, names, [(value, value.replace("_", " "))], across)
+            label_of = label.format(SYMBOLS[risk], UNIT)
+            panels.append(Panel(OF_RISK[risk].capitalize(), label_of, "steps", spec, {"risk": risk}))
     reading = (
         "e = ⟨grad L, grad R⟩: a step along −grad L changes the risk R by about −learning rate × e. Below 0 the objective"
         " raises that risk. Good is e_u deep below 0 with e_r near 0 or above. Where both fall together, what is done to"
         " the forget rows is done to all rows. e does not compare across objectives, cosines do. An e that returns to 0 is"
         " not recovery: look at the risks."
     )
-    notes = not_finite(table, ["geffect"])
+    notes = not_finite(table, ["geffect"]) + not_finite_each(table, {value: value for value, *_ in rows if value != "geffect"})
     return [Figure("steps", "The objective against the two risks", reading, table, panels, notes=notes)]
 
 
@@ -99,22 +107,36 @@ def prediction(runs: Sequence[Run], names: list[str]) -> list[Figure]:
             Panel(OF_RISK[risk].capitalize(), "measured change of risk (nats/token)", "prediction", spec, {"risk": risk})
         )
     reading = (
-        "What each step of the optimiser should do to the risk to first order, ⟨θ′ − θ, grad R⟩, against what it did."
+        "What a step should do to the risk to first order, ⟨θ′ − θ, grad R⟩, against what it did: a step of the optimiser"
+        " where it was measured meanwhile, else the way from one measured checkpoint to the next."
         " Points with the same sign on both axes are steps whose direction was foretold; on the diagonal also the size."
     )
-    both = table[["update_effect", "risk_change"]].dropna()
-    same = np.sign(both["update_effect"]) == np.sign(both["risk_change"])
-    notes = [
-        f"The sign agrees in {int(same.sum())} of {len(same)} cases.",
-        *not_finite(table, ["update_effect", "risk_change"]),
-    ]
+    notes = [*agreement(table), *not_finite(table, ["update_effect", "risk_change"])]
     return [Figure("prediction", "Foretold and measured", reading, table, panels, notes=notes)]
 
 
+def agreement(table: DataFrame) -> list[str]:
+    """How often the sign was foretold, of the steps that moved, and how often the risk rose, in words."""
+    known = table[["risk", "update_effect", "risk_change"]].dropna()
+    moved = known[known["update_effect"] != 0]
+    said = []
+    for risk in risks_of(moved):
+        of = moved[moved["risk"] == risk]
+        same, rose = np.sign(of["update_effect"]) == np.sign(of["risk_change"]), of["risk_change"] > 0
+        name = OF_RISK[risk].capitalize()
+        said.append(f"{name}: the sign agrees in {same.sum()} of {len(of)} cases; in {rose.sum()} of them the risk rose.")
+    if said:
+        said.append("A guess that it always rises would be right as often as it rose.")
+    still = len(known) - len(moved)
+    return said + ([f"{still} of {len(known)} cases are left out: there nothing moved."] if still else [])
+
+
 def monitor(runs: Sequence[Run], names: list[str]) -> list[Figure]:
-    table = tables.geffects(runs, "monitor.csv")
-    if table is None:
+    whole = tables.geffects(runs, "monitor.csv")
+    if whole is None:
         return []
+    table, notes = tables.fewer_steps(whole)
+    notes += not_finite(whole, ["gradient", "update"])
     labels = {"gradient": f"⟨g, V⟩ {UNIT}", "update": "⟨θ′ − θ, V⟩ (nats/token)"}
     panels = [
         Panel(
@@ -133,7 +155,7 @@ def monitor(runs: Sequence[Run], names: list[str]) -> list[Figure]:
         " first is a noisy e (of the step's rows, in train mode), the second what the step did to the risk, to first"
         " order."
     )
-    return [Figure("monitor", "Between measurements", reading, table, panels)]
+    return [Figure("monitor", "Between measurements", reading, table, panels, notes=notes)]
 
 
 def layers(runs: Sequence[Run]) -> list[Figure]:
@@ -170,6 +192,8 @@ def instances(runs: Sequence[Run], names: list[str]) -> list[Figure]:
     for name in table["run"].unique():
         spec = points(x, quantity("retain", table["retain"], across=0), names, tip(*told), 240)
         spec["layer"][2]["transform"] = [{"filter": "datum.step == step"}]
+        measured = sorted(int(step) for step in table.loc[table["run"] == name, "step"].unique())
+        spec["layer"].append(not_measured(measured, "not measured, or left out," if said else "not measured"))
         spec["params"] = [{"name": "step", "value": steps[-1]}]
         panels.append(Panel(str(name), f"e_r, on the retain risk {UNIT}", "instances", spec, {"run": name}, "instances"))
     reading = (
@@ -194,6 +218,8 @@ def tokens(runs: Sequence[Run]) -> list[Figure]:
     )
     steps = sorted(int(step) for step in table["step"].unique())
     notes = [said] if said else []
+    shares = [name for name in (*RISKS, "loss") if table[name].notna().any()]
+    notes += [f"{note} Their tokens are grey, and in no sum." for note in not_finite(table, shares)]
     return [Figure("tokens", "The G-effect of each token", reading, table, steps=steps, notes=notes, kind="tokens")]
 
 
@@ -201,12 +227,12 @@ def objectives(runs: Sequence[Run], names: list[str]) -> list[Figure]:
     table = tables.geffects(runs, "sweep.csv")
     if table is None:
         return []
-    found, panels = [], []
-    for name in table["run"].unique():
-        of = table[table["run"] == name]
-        last = of[of["step"] == of["step"].max()]
+    found, panels, notes = [], [], []
+    for name, last in tables.last(table).groupby("run", sort=False):
         if risks_of(last) == list(RISKS):
             found.append(plane(last, "geffect").assign(step=last["step"].iloc[0], run=name))
+        else:
+            notes.append(f"{name}: has not both risks at its last step, and no points.")
     if not found:
         return []
     wide = pd.concat(found, ignore_index=True)[["run", "step", "method", "hyper_param", "name", "unlearn", "retain"]]
@@ -221,4 +247,5 @@ def objectives(runs: Sequence[Run], names: list[str]) -> list[Figure]:
         "A point an objective: what a step along it would do at the run's last measured checkpoint. In the upper left it raises"
         " the unlearn risk and not the retain risk. Hover tells which it is."
     )
-    return [Figure("objectives", "Every objective of the sweep", reading, wide, panels)]
+    notes += [*tables.shown_at(wide, table), *not_finite(wide, list(RISKS))]
+    return [Figure("objectives", "Every objective of the sweep", reading, wide, panels, notes=notes)]

@@ -16,13 +16,14 @@ from pandas import DataFrame, Series
 
 from unlearn.io.files import write_whole
 from unlearn.reporting import report_tables as tables
-from unlearn.reporting.report_panels import RUNS
+from unlearn.reporting.report_panels import RUNS, Figure
 from unlearn.reporting.report_sections import Section, sections
 from unlearn.reporting.report_tables import Run
 
 PAGE = Path(__file__).parent / "page"
 MOST = 5_000_000  # bytes of a page
-LETTERS = 400  # of a row's question, and of its answer
+LETTERS = (400, 100, 25, 0)  # of a row's question, and of its answer: fewer where the page would be too large
+WITH_TEXTS = ("instances", "tokens")  # the figures that show rows' texts
 SHOWN = (  # settings that tell what was run, before all others
     *("model_family", "method.name", "retain.name", "hyper_param", "rule.name", "benchmark", "split", "data_path"),
     *("forget_data", "retain_data", "retain_holdout", "lr", "num_epochs", "batch_size", "gradient_accumulation_steps"),
@@ -46,17 +47,30 @@ def write(runs: Sequence[Run], file: Path) -> int:
         ValueError: a table is not readable, or the page would be too large.
         ModuleNotFoundError: Jinja2 or vl-convert-python is not installed.
     """
-    text = page(runs)
-    if (size := len(text.encode())) > MOST:
-        raise ValueError(
-            f"the report of {len(runs)} runs has {size / 1e6:.1f} MB, and {MOST / 1e6:.0f} is the most; give fewer"
-        )
-    write_whole(file, text)
-    return size
+    found = sections(runs)
+    for letters in LETTERS:
+        text = page(runs, found, letters)
+        if (size := len(text.encode())) <= MOST:
+            write_whole(file, text)
+            return size
+    raise ValueError(too_large(runs, found, size))
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The page's HTML."""
+def too_large(runs: Sequence[Run], found: Sequence[Section], size: int) -> str:
+    """What to do about a page that even without texts is too large."""
+    of = f"the report of {len(runs)} runs" if len(runs) > 1 else "the run's report"
+    said = f"{of} has {size / 1e6:.1f} MB without its rows' texts, and {MOST / 1e6:.0f} is the most"
+    if len(runs) > 1:
+        return f"{said}; give fewer"
+    sizes = {name: len(as_json(table)) for name, table in tables_of(found).items()}
+    largest = max(sizes, key=lambda name: sizes[name], default=None)
+    return said + (
+        f"; its largest table is {largest}, of {sizes[largest] / 1e6:.1f} MB: without it, it may fit" if largest else ""
+    )
+
+
+def page(runs: Sequence[Run], found: Sequence[Section], letters: int) -> str:
+    """The page's HTML, with so many letters of a row's question, and of its answer."""
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup, escape
 
@@ -64,7 +78,6 @@ def page(runs: Sequence[Run]) -> str:
         """A name or path that may go on in the next line after a _ or a /."""
         return Markup(re.sub("([_/])", r"\1<wbr>", str(escape(text))))
 
-    found = sections(runs)
     library = bundle()
     assert "</script" not in library.lower(), "the library would end the element that it stands in"
     environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -77,7 +90,9 @@ def page(runs: Sequence[Run]) -> str:
         run_colours=len(RUNS),
         numbers=numbers,
         breakable=breakable,
-        data=Markup(as_json(data(runs, found))),
+        texts_cut=said_of_texts(runs, found, letters),
+        with_texts=WITH_TEXTS,
+        data=Markup(as_json(data(runs, found, letters))),
         library=Markup(library),
     )
 
@@ -90,26 +105,57 @@ def bundle() -> str:
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
-def data(runs: Sequence[Run], found: Sequence[Section]) -> dict[str, Any]:
+def data(runs: Sequence[Run], found: Sequence[Section], letters: int) -> dict[str, Any]:
     """What the page's script draws from."""
-    figures = [figure for section in found for figure in section.figures]
-    texts: list[list[list[str]]] = []
-    text_of = {}
-    for run in runs:
-        if run.texts is not None:
-            cut = [[shortened(question), shortened(answer)] for question, answer in run.texts]
-            if cut not in texts:
-                texts.append(cut)
-            text_of[run.name] = texts.index(cut)
-    named = {panel.table: figure.table for figure in figures for panel in figure.panels}
+    texts, text_of = texts_shown(runs, found) if letters else ([], {})
+    panels = {f"{figure.name}-{i}": panel._asdict() for figure in figures_of(found) for i, panel in enumerate(figure.panels)}
     return {
         "runs": [run.name for run in runs],
-        "tables": {name: columns(table) for name, table in named.items()}
-        | {figure.name: columns(figure.table) for figure in figures if figure.name not in named},
-        "texts": texts,
+        "tables": tables_of(found),
+        "texts": [{row: [shortened(text, letters) for text in both] for row, both in of.items()} for of in texts],
         "textOf": text_of,
-        "panels": {f"{figure.name}-{i}": panel._asdict() for figure in figures for i, panel in enumerate(figure.panels)},
+        "panels": panels,
     }
+
+
+def figures_of(found: Sequence[Section]) -> list[Figure]:
+    return [figure for section in found for figure in section.figures]
+
+
+def tables_of(found: Sequence[Section]) -> dict[str, Any]:
+    """The figures' tables by name."""
+    named = {panel.table: figure.table for figure in figures_of(found) for panel in figure.panels}
+    others = {figure.name: figure.table for figure in figures_of(found) if figure.name not in named}
+    return {name: columns(table) for name, table in (named | others).items()}
+
+
+def texts_shown(runs: Sequence[Run], found: Sequence[Section]) -> tuple[list[dict[str, tuple[str, str]]], dict[str, int]]:
+    """Question and answer by row, of the rows that a figure shows, runs of the same rows together; and which are a run's."""
+    shown: dict[str, set[int]] = {}
+    for figure in figures_of(found):
+        if figure.name in WITH_TEXTS:
+            for name, of in figure.table.groupby("run"):
+                shown.setdefault(str(name), set()).update(int(row) for row in of["row"].unique())
+    sets: list[list[tuple[str, str]]] = []
+    rows: list[set[int]] = []
+    text_of = {}
+    for run in runs:
+        if run.texts is not None and run.name in shown:
+            if run.texts not in sets:
+                sets.append(run.texts)
+                rows.append(set())
+            text_of[run.name] = sets.index(run.texts)
+            rows[text_of[run.name]] |= shown[run.name]
+    return [{str(row): of[row] for row in sorted(some) if row < len(of)} for of, some in zip(sets, rows, strict=True)], text_of
+
+
+def said_of_texts(runs: Sequence[Run], found: Sequence[Section], letters: int) -> str:
+    """Whether texts that the page shows are cut, in words; nothing where none is."""
+    texts, _ = texts_shown(runs, found)
+    if not any(len(text) > letters for of in texts for both in of.values() for text in both):
+        return ""
+    why = ", to keep the page small" if letters < LETTERS[0] else ""
+    return f"Texts are cut to {letters} letters{why}." if letters else f"Texts are left out{why}."
 
 
 def columns(table: DataFrame) -> dict[str, Any]:
@@ -132,8 +178,8 @@ def rounded(value: float) -> float | int | None:
     return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.6g}")
 
 
-def shortened(text: str) -> str:
-    return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"
+def shortened(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
 def as_json(value: Any) -> str:
@@ -182,12 +228,13 @@ def before_after(of: Mapping[str, float] | None) -> str:
 
 
 def of_steps(table: DataFrame, column: str) -> str:
-    """A score at step 0, where it was measured there, and at the last step."""
+    """A score at step 0, where it was measured there, and at the last step that has it, told where others are later."""
     there = table.dropna(subset=[column]).sort_values("step")
     if not len(there):
         return "–"
     first, last = there.iloc[0], there.iloc[-1]
-    return " → ".join(cell(line[column]) for line in ((first, last) if first["step"] == 0 != last["step"] else (last,)))
+    shown = " → ".join(cell(line[column]) for line in ((first, last) if first["step"] == 0 != last["step"] else (last,)))
+    return shown if last["step"] == table["step"].max() else f"{shown} (step {last['step']:.0f})"
 
 
 def settings(runs: Sequence[Run], others: bool = False) -> list[Line]:

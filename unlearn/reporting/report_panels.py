@@ -67,10 +67,19 @@ class Figure:
     kind: str = "plots"  # or "tokens", or "numbers": the table itself
 
 
-def not_finite(table: DataFrame, values: Sequence[str]) -> list[str]:
+def not_finite(table: DataFrame, values: Sequence[str], what: str = "values") -> list[str]:
     """How many lines have a value that is not finite, in words; nothing where none has."""
     count = int((~np.isfinite(table[list(values)].to_numpy(dtype=float))).any(axis=1).sum())
-    return [f"{count} of {len(table)} values are not finite, and are not drawn."] if count else []
+    return [f"{count} of {len(table)} {what} are not finite, and are not drawn."] if count else []
+
+
+def not_finite_each(table: DataFrame, labels: Mapping[str, str]) -> list[str]:
+    """The same of each of these columns by itself, called so; a run without any number in one did not measure it."""
+    said = []
+    for name, label in labels.items():
+        measured = table.groupby("run")[name].transform(lambda values: np.isfinite(values).any()).astype(bool)
+        said += not_finite(table[measured], [name], f"values of {label}")
+    return said
 
 
 def colours(names: Sequence[str]) -> dict[str, Any]:
@@ -162,6 +171,17 @@ def tip(*fields: tuple[str, str]) -> list[dict[str, Any]]:
 def zero(channel: str = "y", at: float = 0) -> dict[str, Any]:
     """A thin line across."""
     return {"data": {"values": [{}]}, "mark": {"type": "rule", "color": "@grey"}, "encoding": {channel: {"datum": at}}}
+
+
+def not_measured(steps: Sequence[int], words: str) -> dict[str, Any]:
+    """Words in place of the points, where the chosen `step` is none of these."""
+    above = {axis: {"expr": at} for axis, at in (("x", "width / 2"), ("y", "height / 4"))}
+    text = {"expr": f"'{words} at step ' + step"}
+    return {
+        "data": {"values": [{}]},
+        "transform": [{"filter": f"indexof({list(steps)}, step) < 0"}],
+        "mark": {"type": "text", "text": text, "color": "@soft", "fontSize": 12, **above},
+    }
 
 
 def diagonal(domain: Sequence[float]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,17 @@ from pandas import DataFrame
 
 from unlearn.reporting import report_tables as tables
 from unlearn.reporting import score_figures
-from unlearn.reporting.report_panels import Figure, Panel, colours, lines, quantity, share, tip
+from unlearn.reporting.report_panels import (
+    Figure,
+    Panel,
+    colours,
+    lines,
+    not_finite,
+    not_finite_each,
+    quantity,
+    share,
+    tip,
+)
 from unlearn.reporting.report_tables import Run
 from unlearn.reporting.tables import layer_order
 
@@ -31,22 +42,26 @@ def over_steps(runs: Sequence[Run], names: list[str]) -> list[Figure]:
     reading = (
         "On forget rows lower is more forgotten, on all others higher is more kept (of a loss the other way round). A"
         " score near that of a model that never saw the forget rows is the aim, not 0. Lines across: AUC 0.5 is chance,"
-        " p-value 0.05."
+        " p-value 0.05, PrivLeak 0 the retain model."
     )
     zeros = [
         f"{column}: {int((table[column] == 0).sum())} values are 0 and not on its logarithmic axis."
         for column in table
         if column.endswith("quality") and (table[column] == 0).any()
     ]
-    return [Figure("scores", "Scores of each checkpoint", reading, table, panels, notes=zeros, small=True)]
+    notes = [*zeros, *tables.unshown_scores(runs, tables.SCORES)]
+    if others := tables.other_scores(runs):
+        notes.append(f"Also in scores.csv, and not drawn: {', '.join(others)}.")
+    return [Figure("scores", "Scores of each checkpoint", reading, table, panels, notes=notes, small=True)]
 
 
 def _in_lines(table: DataFrame) -> list[list[tuple[score_figures.Panel, str, str]]]:
     """Lines of panels, each as kind, data and how the column's name ends: a line a score, its data beside each other."""
     found: list[list[tuple[score_figures.Panel, str, str]]] = []
-    for panel in score_figures.PANELS:
-        sets = ("", *score_figures.DATA)
-        of = {end: [data for data in sets if column_of(data, end) in table] for end in panel.scores}
+    parts = [parts for column in table if column not in ("run", "step") if column_of(*(parts := parts_of(column))) == column]
+    sets = dict.fromkeys(("", *score_figures.DATA, *(data for data, _ in parts)))
+    for panel in score_figures.REPORTED:
+        of = {end: [data for data in sets if (data, end) in parts] for end in panel.scores}
         own = [(panel, "", end) for end, data in of.items() if data == [""]]  # scores of no data set stand beside each other
         found += [own, *([(panel, one, end) for one in data] for end, data in of.items() if data != [""])]
     return [line for line in found if line]
@@ -56,10 +71,16 @@ def column_of(data: str, end: str) -> str:
     return f"{data}_{end}".lstrip("_")
 
 
+def parts_of(column: str) -> tuple[str, str]:
+    """The data set of a score's column ("" for none) and how it ends: `column_of`, the other way round."""
+    end = max((end for end in tables.SCORES if column.endswith(end)), key=len)
+    return column.removesuffix(end).rstrip("_"), end
+
+
 def score_panel(table: DataFrame, panel: score_figures.Panel, data: str, end: str, names: list[str]) -> Panel:
     """A score of a data set (or of none) over the steps."""
     column, across = column_of(data, end), panel.across[0] if panel.across else None
-    y = share(column, table[column].dropna()) if panel.axis == "share" else quantity(column, table[column])
+    y = share(column, table[column].dropna()) if panel.axis == "share" else quantity(column, table[column], across=across)
     if panel.axis == "log" and (table[column] > 0).any():
         domain = [min(1e-2, float(table.loc[table[column] > 0, column].min())) / 3, 1]
         y = {"field": column, "type": "quantitative", "scale": {"type": "log", "domain": domain}}
@@ -68,7 +89,40 @@ def score_panel(table: DataFrame, panel: score_figures.Panel, data: str, end: st
     if not data:
         return Panel(score[:1].upper() + score[1:], panel.label, "scores", spec)
     label = score if panel.label in ("score", "share of the answer") else f"{score} ({panel.label})"
-    return Panel(score_figures.DATA[data][0].capitalize(), panel.label if panel.axis == "fit" else label, "scores", spec)
+    title = score_figures.DATA[data][0] if data in score_figures.DATA else data.replace("_", " ")
+    return Panel(title.capitalize(), panel.label if panel.axis == "fit" else label, "scores", spec)
+
+
+def harness(runs: Sequence[Run], names: list[str]) -> list[Figure]:
+    """lm-eval's scores over the steps."""
+    table = tables.harness(runs)
+    if table is None:
+        return []
+    panels = []
+    for label, axis, end in score_figures.HARNESS:
+        for column in [column for column in table if re.search(f"{end}$", column)]:
+            y = share(column, table[column].dropna()) if axis == "share" else quantity(column, table[column])
+            spec = by_model(lines(("step", "step"), y, names, []), ("step", "step "), (column, column)) | {"height": 120}
+            panels.append(Panel(column, label, "harness", spec))
+    reading = (
+        "Tasks of the package lm-eval, a panel a score, called as in scores.csv; step 0 is the original model. Dashed: the"
+        " retain model. Standard errors are in lm_eval.json of each checkpoint."
+    )
+    notes = tables.unshown_scores(runs, tables.HARNESS)
+    return [Figure("harness", "lm-eval's tasks", reading, table, panels, notes=notes, small=True)]
+
+
+def by_model(spec: dict[str, Any], *told: tuple[str, str]) -> dict[str, Any]:
+    """The lines, dashed where they are of the retain model; hovering tells which model it is, and these fields."""
+    dash = {
+        "field": "model",
+        "type": "nominal",
+        "scale": {"domain": ["unlearned", "retain"], "range": [[1, 0], [4, 3]]},
+        "legend": None,
+    }
+    encoding = {"strokeDash": dash, "detail": {"field": "model"}, "tooltip": tip(("run", "run "), ("model", "model "), *told)}
+    spec["layer"][-1]["encoding"] |= encoding
+    return spec
 
 
 def fair(runs: Sequence[Run], names: list[str]) -> list[Figure]:
@@ -87,25 +141,31 @@ def fair(runs: Sequence[Run], names: list[str]) -> list[Figure]:
         " method is compared at the largest weight at which the retain PS still reaches the bar (the line across, right):"
         " the lower the forget PS there, the better."
     )
-    none = [
+    steps = {run.name: [step for step, _ in run.scored("control.csv")] for run in runs}
+    notes = [tables.at_step(name, of) for name, of in steps.items() if of]
+    notes += not_finite_each(curves, {name: label for name, (label, _) in score_figures.CONTROL.items() if name in curves})
+    if chosen["bar"].nunique() > 1:
+        notes.append("The runs' bars differ, so there is no line across: the table below has them.")
+    notes += [
         f"{line.run}: no weight reaches the bar, so there is nothing to compare."
         for line in chosen.itertuples()
         if pd.isna(line.weight) and pd.notna(line.bar)
     ]
     reached = "The forget PS of each run where the retain PS still reaches the bar."
     at = Figure("chosen", "At the chosen weight", reached, chosen, kind="numbers")
-    return [Figure("control", "Forget and retain PS of mixtures", reading, curves, panels, notes=none), at]
+    return [Figure("control", "Forget and retain PS of mixtures", reading, curves, panels, notes=notes), at]
 
 
 def attacks(runs: Sequence[Run], names: list[str]) -> list[Figure]:
-    table = tables.attacks(runs)
-    if table is None:
+    whole = tables.attacked(runs)
+    if whole is None:
         return []
+    table = tables.last(whole, *tables.ATTACKED)
     found = [*_weights(table, names), *_asked(table, names)]
-    steps = "; ".join(f"{name} at step {of['step'].iloc[0]}" for name, of in table.groupby("run", sort=False))
-    rows = sorted(table["rows"].unique()) if "rows" in table else []
     for figure in found:
-        figure.notes += [f"{steps}." + (f" Scored on {' and '.join(map(str, rows))} rows." if rows else "")]
+        rows = sorted(figure.table["rows"].unique()) if "rows" in figure.table else []
+        scored = [f"Scored on {' and '.join(map(str, rows))} rows."] if rows else []
+        figure.notes[:0] = [*tables.shown_at(figure.table, whole, *tables.ATTACKED), *scored]
     return found
 
 
@@ -120,14 +180,15 @@ def _weights(table: DataFrame, names: list[str]) -> list[Figure]:
             of["steps"] = of["setting"].str.extract(r"(\d+)")[0].astype(int)
         else:
             of["bits"] = of["setting"].str.removesuffix(" bits").replace("as it is", "all")
-        panels = []
+        panels, notes = [], []
         for score, label in {"rouge": "ROUGE-L recall", "probability": "probability", "ps_exact": "PS"}.items():
             for data in DATA:
                 column = f"{data}_{score}"
                 if column in of and of[column].notna().any():
                     spec = _pressed(x, column, names, list(dict.fromkeys(of[x])))
                     panels.append(Panel(DATA[data].capitalize(), label, attack, spec))
-        found.append(Figure(attack, title, PRESSED[attack], of.dropna(axis=1, how="all"), panels))
+                    notes += not_finite_each(of, {column: column})
+        found.append(Figure(attack, title, PRESSED[attack], of.dropna(axis=1, how="all"), panels, notes=notes))
     return found
 
 
@@ -142,16 +203,8 @@ def _pressed(x: str, column: str, names: list[str], order: list[Any]) -> dict[st
         along["sort"] = order
     else:
         along["axis"]["format"] = "d"
-    spec = lines((x, titles[x]), share(column), names, [(column, column)])
-    drawn = spec["layer"][-1]
-    dash = {
-        "field": "model",
-        "type": "nominal",
-        "scale": {"domain": ["unlearned", "retain"], "range": [[1, 0], [4, 3]]},
-        "legend": None,
-    }
-    drawn["encoding"] |= {"x": along, "strokeDash": dash, "detail": {"field": "model"}}
-    drawn["encoding"]["tooltip"] = tip(("run", "run "), ("model", "model "), (x, f"{titles[x]} "), (column, column))
+    spec = by_model(lines((x, titles[x]), share(column), names, []), (x, f"{titles[x]} "), (column, column))
+    spec["layer"][-1]["encoding"]["x"] = along
     return spec
 
 
@@ -167,7 +220,8 @@ def _asked(table: DataFrame, names: list[str]) -> list[Figure]:
         reading = (
             "Of k sampled answers to a forget question, whether one leaks, and the best one's recall. Dashed: the retain model."
         )
-        found.append(Figure("sample", "Sampled answers", reading, sampled.dropna(axis=1, how="all"), panels))
+        notes = not_finite_each(sampled, {name: name for name in there})
+        found.append(Figure("sample", "Sampled answers", reading, sampled.dropna(axis=1, how="all"), panels, notes=notes))
     ways = table[table["attack"].isin(["prefix", "paraphrase"])].copy()
     if len(ways) and "forget_rouge" in ways:
         ways["way"] = ways["attack"] + ": " + ways["setting"]
@@ -192,23 +246,14 @@ def _asked(table: DataFrame, names: list[str]) -> list[Figure]:
                 reading,
                 ways.drop(columns="way").dropna(axis=1, how="all").assign(way=ways["way"]),
                 panels,
+                notes=not_finite_each(ways, {"forget_rouge": "forget_rouge"}),
             )
         )
     return found
 
 
 def _over_k(column: str, names: list[str]) -> dict[str, Any]:
-    spec = lines(("k", "k, sampled answers"), share(column), names, [(column, column)])
-    encoding = spec["layer"][-1]["encoding"]
-    dash = {
-        "field": "model",
-        "type": "nominal",
-        "scale": {"domain": ["unlearned", "retain"], "range": [[1, 0], [4, 3]]},
-        "legend": None,
-    }
-    encoding |= {"strokeDash": dash, "detail": {"field": "model"}}
-    encoding["tooltip"] = tip(("run", "run "), ("model", "model "), ("k", "k "), (column, column))
-    return spec
+    return by_model(lines(("k", "k, sampled answers"), share(column), names, []), ("k", "k "), (column, column))
 
 
 def _by_way(table: DataFrame, names: list[str]) -> dict[str, Any]:
@@ -230,10 +275,12 @@ def _by_way(table: DataFrame, names: list[str]) -> dict[str, Any]:
 
 
 def inside(runs: Sequence[Run], names: list[str]) -> list[Figure]:
-    table = tables.representation(runs)
-    if table is None:
+    whole = tables.representation(runs)
+    if whole is None:
         return []
-    of = table[(table["model"] == "unlearned") & (table["beside"] == "original")]
+    table = tables.last(whole)
+    drawn = (table["model"] == "unlearned") & (table["beside"] == "original")
+    of, others = table[drawn], table[~drawn]
     order = layer_order(of["layer"])
     panels = []
     for value, label in (("cka", "linear CKA"), ("cosine", "mean cosine")):
@@ -251,4 +298,7 @@ def inside(runs: Sequence[Run], names: list[str]) -> list[Figure]:
         " rotation and a scale). Where forget rows fall and retain rows stay, that layer changed for what should go. With"
         " fewer tokens than features CKA is near 1 by itself."
     )
-    return [Figure("inside", "Outputs beside the original model's", reading, of, panels)]
+    notes = [*tables.shown_at(of, whole), *not_finite(of, ["cka", "cosine"])]
+    if pairs := list(dict.fromkeys(others["model"] + " beside " + others["beside"])):
+        notes.append(f"Also in layers.csv, and not drawn: {', '.join(pairs)}.")
+    return [Figure("inside", "Outputs beside the original model's", reading, of, panels, notes=notes)]

@@ -50,7 +50,14 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         section(
             "objectives", "Other objectives", geffects.objectives(runs, names), "geffect/sweep.csv", f"{MEASURE} sweep=all"
         ),
-        section("scores", "Scores over steps", scores.over_steps(runs, names), "scores.csv", TOFU, FULL),
+        section(
+            "scores",
+            "Scores over steps",
+            [*scores.over_steps(runs, names), *scores.harness(runs, names)],
+            "scores.csv",
+            TOFU,
+            FULL,
+        ),
         section("fair", "The fair comparison", scores.fair(runs, names), "control.csv", f"{FULL} retain_path=RETAIN"),
         section("attacks", "Attacks", scores.attacks(runs, names), "robustness.csv", ATTACK),
         section("inside", "Where in the model", scores.inside(runs, names), "layers.csv", f"{FULL} representation=true"),

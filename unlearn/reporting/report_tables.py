@@ -6,6 +6,7 @@ raise ValueError, naming the file, where a table is there and not readable.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +14,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from unlearn.io.rows import read_jsonl, read_object
 from unlearn.reporting import score_figures
 from unlearn.reporting.style import evenly
-from unlearn.reporting.tables import RISKS, instance_points, layer_grid, read, risks_of
+from unlearn.reporting.tables import RISKS, abbreviated, instance_points, layer_grid, read, risks_of
 
 POINTS = 60_000  # instances and tokens' values each on a page, of all runs together: about 1 MB each
-LOGGED = 400  # steps of a run's log
+LOGGED = 400  # steps of a run's log, and of its monitor
+SCORES = tuple(end for panel in score_figures.REPORTED for end in panel.scores)
+HARNESS = tuple(end for _, _, end in score_figures.HARNESS)
+OF_RETAIN = "retain_model_"  # how the columns of lm-eval's scores of the retain model begin
+ATTACKED = ("attack", "model")  # what is done at one checkpoint or another by itself
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,52 @@ def geffects(runs: Sequence[Run], name: str) -> DataFrame | None:
     return together((run.name, read(file)) for run in runs if (file := run.geffect(name)) is not None)
 
 
+def fewer_steps(table: DataFrame) -> tuple[DataFrame, list[str]]:
+    """Of each run `LOGGED` steps at most, evenly apart; and of which there are fewer, in words."""
+    found, said = [], []
+    for name, of in table.groupby("run", sort=False):
+        steps = sorted(of["step"].unique())
+        kept = evenly(steps, LOGGED)
+        said += _fewer(str(name), kept, steps)
+        found.append(of[of["step"].isin(kept)])
+    return pd.concat(found, ignore_index=True), said
+
+
+def _fewer(name: str, kept: Sequence[int], steps: Sequence[int]) -> list[str]:
+    few = f"{name}: {len(kept)} of {len(steps)} steps, evenly apart, to keep the page small."
+    return [few] if len(kept) < len(steps) else []
+
+
+def last(table: DataFrame, *keys: str) -> DataFrame:
+    """The lines of each run's last step; with keys, of the last step of each of theirs."""
+    return table[table["step"] == table.groupby(["run", *keys], sort=False)["step"].transform("max")]
+
+
+def shown_at(shown: DataFrame, whole: DataFrame, *keys: str) -> list[str]:
+    """The step that each run is shown at, by keys where these differ, and the other steps that it has, in words."""
+    said = []
+    for run, of in shown.groupby("run", sort=False):
+        there = whole[whole["run"] == run].merge(of[[*keys, "run"]].drop_duplicates())
+        both = there[[*keys, "step"]].drop_duplicates().merge(of[[*keys, "step"]].drop_duplicates(), how="left", indicator=True)
+        others = both.loc[both["_merge"] == "left_only", "step"].unique()
+        if of["step"].nunique() == 1:
+            said.append(at_step(str(run), [*others, of["step"].iloc[0]]))
+        else:
+            steps = of.groupby(list(keys), sort=False)["step"].max()
+            at = "; ".join(f"{', '.join(key)} at step {step}" for key, step in steps.items())
+            said.append(f"{run}: {at}{_others(others)}.")
+    return said
+
+
+def at_step(run: str, steps: Sequence[int]) -> str:
+    """That a run is shown at the last of these steps, and not at the others, in words."""
+    return f"{run} at step {steps[-1]}{_others(steps[:-1])}."
+
+
+def _others(steps: Sequence[int]) -> str:
+    return f" (not shown: step{'s' if len(steps) > 1 else ''} {abbreviated(steps)})" if len(steps) else ""
+
+
 def layers(runs: Sequence[Run]) -> DataFrame | None:
     """Columns run, risk, layer, step, geffect: the sum over each layer's modules."""
     found = []
@@ -97,19 +148,20 @@ def layers(runs: Sequence[Run]) -> DataFrame | None:
 def instances(runs: Sequence[Run]) -> tuple[DataFrame | None, str]:
     """Columns run, step, row, unlearn, retain: e_u and e_r of each forget row; and what was left out, in words."""
     there = {run.name: read(file) for run in runs if (file := run.geffect("instances.csv")) is not None}
-    most, said, found = POINTS // max(1, len(there)), "", []
+    most, said, found = POINTS // max(1, len(there)), [], []
     for name, table in there.items():
         steps = sorted(table["step"].unique())
         rows = max(1, table["row"].nunique())
         kept = evenly(steps, max(2, most // rows))
-        if len(kept) < len(steps):
-            said += f"{name}: {len(kept)} of {len(steps)} steps, evenly apart, to keep the page small. "
+        said += _fewer(name, kept, steps)
+        if risks_of(table) != list(RISKS):
+            said.append(f"{name}: has not both risks, and no points.")
         for step in kept:
             points = instance_points(table, step)
             if {"unlearn", "retain"} <= set(points):
                 points = points.reset_index().assign(step=step, row=lambda lines: lines["row"].astype(int))
                 found.append((name, points[["step", "row", "unlearn", "retain"]]))
-    return together(found), said.strip()
+    return together(found), " ".join(said)
 
 
 def tokens(runs: Sequence[Run]) -> tuple[DataFrame | None, str]:
@@ -154,14 +206,15 @@ def ranked(found: Sequence[DataFrame]) -> list[int]:
 
 
 def logs(runs: Sequence[Run]) -> DataFrame | None:
-    """The lines of logs/train.jsonl; of a long one `LOGGED`, evenly apart."""
+    """The lines of logs/train.jsonl; infinite what is not finite (the log has null), NaN what a line lacks."""
     found = []
     for run in runs:
         if (file := run.folder / "logs" / "train.jsonl").exists():
             lines = [line for line in read_jsonl(file) if isinstance(line.get("step"), int)]
-            kept = {int(i) for i in np.linspace(0, len(lines) - 1, min(len(lines), LOGGED)).round()}
-            numbers = DataFrame([line for i, line in enumerate(lines) if i in kept]).select_dtypes("number")
-            found.append((run.name, numbers))
+            known = [
+                {key: np.inf if value is None or value != value else value for key, value in line.items()} for line in lines
+            ]
+            found.append((run.name, DataFrame(known).select_dtypes("number")))
     return together(found)
 
 
@@ -176,15 +229,53 @@ def losses(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
 
 def scores(runs: Sequence[Run]) -> DataFrame | None:
     """Columns run, step, and every score that scores.csv has a number of."""
-    ends = [end for panel in score_figures.PANELS for end in panel.scores]
+    return together((name, _by_step(columns)) for name, columns in _scored(runs, SCORES) if columns)
+
+
+def harness(runs: Sequence[Run]) -> DataFrame | None:
+    """Columns run, step, model (unlearned, at step 0 the original; retain), and every score of lm-eval's in scores.csv."""
     found = []
+    for name, columns in _scored(runs, HARNESS):
+        for model, prefix in (("retain", OF_RETAIN), ("unlearned", "")):
+            of = {key: columns.pop(key) for key in list(columns) if key.startswith(prefix)}
+            if of:
+                found.append((name, _by_step({key.removeprefix(prefix): values for key, values in of.items()}, model=model)))
+    return together(found)
+
+
+def _scored(runs: Sequence[Run], ends: Iterable[str]) -> list[tuple[str, dict[str, Series]]]:
+    files = [(run.name, run.folder / "scores.csv") for run in runs]
+    return [(name, score_figures.read(file, "step", ends)) for name, file in files if file.exists()]
+
+
+def _by_step(columns: dict[str, Series], **more: str) -> DataFrame:
+    table = DataFrame(columns).rename_axis("step").reset_index()
+    table.insert(0, "step", table.pop("step").astype(int))
+    for name, value in more.items():
+        table.insert(1, name, value)
+    return table
+
+
+def unshown_scores(runs: Sequence[Run], ends: Sequence[str]) -> list[str]:
+    """How many values of these scores are not finite, in words; nothing where none is."""
+    said = []
     for run in runs:
         if (file := run.folder / "scores.csv").exists():
-            columns = score_figures.read(file, "step", ends)
-            if columns:
-                table = DataFrame(columns).rename_axis("step").reset_index()
-                found.append((run.name, table.assign(step=table["step"].astype(int))))
-    return together(found)
+            columns = score_figures.columns_of(file, "step", ends)
+            count = sum(int(values.isna().sum()) for values in columns.values())
+            said += [f"{run.name}: {count} values are not finite, and are not drawn."] if count else []
+    return said
+
+
+def other_scores(runs: Sequence[Run]) -> list[str]:
+    """The columns of scores.csv with a number that no figure has."""
+    found: dict[str, None] = {}
+    for run in runs:
+        if (file := run.folder / "scores.csv").exists():
+            table = _csv(file, ("step",)).select_dtypes("number")
+            found |= dict.fromkeys(name for name in table if table[name].notna().any())
+    known = re.compile(f"({'|'.join((*SCORES, *HARNESS))})$|^(step|ds_size|bar|control_.*)$")
+    return [name for name in found if not known.search(name)]
 
 
 def control(runs: Sequence[Run]) -> tuple[DataFrame | None, DataFrame | None]:
@@ -206,26 +297,26 @@ def control(runs: Sequence[Run]) -> tuple[DataFrame | None, DataFrame | None]:
     return together(curves), DataFrame(chosen) if chosen else None
 
 
+def attacked(runs: Sequence[Run]) -> DataFrame | None:
+    """The lines of robustness.csv."""
+    files = [(run.name, run.folder / "robustness.csv") for run in runs]
+    return together((name, _csv(file, ("step", *ATTACKED, "setting"))) for name, file in files if file.exists())
+
+
 def attacks(runs: Sequence[Run]) -> DataFrame | None:
-    """The lines of robustness.csv of each run's last checkpoint that was attacked."""
-    found = []
-    for run in runs:
-        if (file := run.folder / "robustness.csv").exists():
-            table = _csv(file, ("step", "model", "attack", "setting"))
-            found.append((run.name, table[table["step"] == table["step"].max()]))
-    return together(found)
+    """The lines of robustness.csv of the last checkpoint of each run at which each attack was done, on each model."""
+    table = attacked(runs)
+    return None if table is None else last(table, *ATTACKED)
 
 
 def representation(runs: Sequence[Run]) -> DataFrame | None:
-    """The lines of each run's layers.csv (CKA and cosine by layer) at its last checkpoint that has some."""
+    """The lines of each run's layers.csv (CKA and cosine by layer)."""
     found = []
     for run in runs:
         file = run.folder / "layers.csv"
         if file.exists() and run.represented():
-            table = _csv(file, ("model", "beside", "data", "layer", "cka", "cosine")).assign(
-                layer=lambda t: t["layer"].astype(str)
-            )
-            found.append((run.name, table[table["step"] == table["step"].max()] if "step" in table else table))
+            table = _csv(file, ("step", "model", "beside", "data", "layer", "cka", "cosine"))
+            found.append((run.name, table.assign(layer=table["layer"].astype(str))))
     return together(found)
 
 

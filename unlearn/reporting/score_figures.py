@@ -66,6 +66,12 @@ PANELS = (
     Panel("accuracy", {"accuracy": "accuracy", "accuracy_norm": "by length"}),
     Panel("loss (nats/token)", {"loss": "loss"}, "fit"),
 )
+REPORTED = (  # in the report
+    *PANELS,
+    Panel("share of the answer", {"extraction_strength": "extraction strength", "ps_similar": "PS similar"}),
+    Panel("AUC of membership", {"auc_gradnorm": "gradient norm"}, across=(0.5, "chance")),
+    Panel("PrivLeak", {"privleak": "PrivLeak", "rows_privleak": "PrivLeak of rows"}, "fit", (0, "as the retain model")),
+)
 HARNESS = (  # lm-eval's scores: label, axis, how their columns end
     ("accuracy", "share", "_(acc|acc_norm|acc_bytes|acc_mutual_info|(exact_match|em|f1|mcc)(_[^_,]+)?)"),
     ("perplexity, bits", "fit", "_(word_perplexity|byte_perplexity|perplexity|bits_per_byte)"),
@@ -114,10 +120,14 @@ def written(folder: Path, name: str, make: Callable[..., Figure | None], *what: 
 
 
 def read(file: Path, key: str, ends: Iterable[str]) -> dict[str, Series]:
+    """The columns of `columns_of` that have a finite value. Raises ValueError as it does."""
+    return {name: values for name, values in columns_of(file, key, ends).items() if values.notna().any()}
+
+
+def columns_of(file: Path, key: str, ends: Iterable[str]) -> dict[str, Series]:
     """The columns whose names end so, each by `key` in order, without its empty fields; NaN where a value is not finite.
 
-    `ends` are regular expressions. Columns without any finite value are left out. Raises ValueError as `draw_scores` and
-    `draw_control` do.
+    `ends` are regular expressions. Raises ValueError as `draw_scores` and `draw_control` do.
     """
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False).fillna("")
@@ -133,7 +143,7 @@ def read(file: Path, key: str, ends: Iterable[str]) -> dict[str, Series]:
         columns = {name: pd.to_numeric(table.loc[table[name] != "", name]).astype(float) for name in wanted}
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{file}: not a table to draw from ({' '.join(str(error).split())})") from error
-    return {name: values.where(np.isfinite(values)) for name, values in columns.items() if np.isfinite(values).any()}
+    return {name: values.where(np.isfinite(values)) for name, values in columns.items()}
 
 
 def curves(table: dict[str, Series], panel: Panel) -> list[Curve]:

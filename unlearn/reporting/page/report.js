@@ -21,10 +21,11 @@ function rows(name, where = {}) {
   return found;
 }
 
-/** Question and answer of a run's forget row. */
+/** Question and answer of a run's forget row; undefined where they are not at hand. */
+const textOf = (run, row) => DATA.texts[DATA.textOf[run]]?.[row];
+
 function texts(run, row) {
-  const of = DATA.texts[DATA.textOf[run]];
-  const [question, answer] = of?.[row] ?? ["(not at hand)", "(not at hand)"];
+  const [question, answer] = textOf(run, row) ?? ["(not at hand)", "(not at hand)"];
   return { question, answer };
 }
 
@@ -120,7 +121,7 @@ function makeTokens() {
   }
   const runs = DATA.runs.filter((run) => all.some((token) => token.run === run));
   for (const row of [...new Set(all.map((token) => token.row))].sort((a, b) => a - b)) {
-    const run = runs.find((run) => DATA.textOf[run] !== undefined);
+    const run = runs.find((run) => textOf(run, row));
     const option = new Option(run ? `${row}: ${texts(run, row).question}` : `${row}`, row);
     list.append(option);
   }
@@ -146,9 +147,10 @@ function tokensOf(run, row, step, value, tokens) {
   }
   const values = tokens.map((token) => token[value]), finite = values.filter((one) => one !== null);
   const most = Math.max(...finite.map(Math.abs), Number.MIN_VALUE), sum = finite.reduce((a, b) => a + b, 0);
+  const lost = values.length > finite.length ? ` (without ${values.length - finite.length} tokens that are not finite)` : "";
   const total = value === "loss" ? `mean loss ${number(sum / Math.max(1, finite.length))}` : `${SYMBOLS[value]} = ${number(sum)}`;
-  const question = DATA.textOf[run] === undefined ? "" : ` ${texts(run, Number(row)).question}`;
-  head.textContent = `${run}, row ${row}, step ${step}, ${total} ${UNITS[value]}.${question}`;
+  const question = textOf(run, row) ? ` ${texts(run, row).question}` : "";
+  head.textContent = `${run}, row ${row}, step ${step}, ${total} ${UNITS[value]}${lost}.${question}`;
   tokens.sort((a, b) => a.position - b.position).forEach((token, i) => text.append(tokenOf(token, values[i], value, most)));
   return block;
 }
