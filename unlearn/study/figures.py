@@ -187,7 +187,8 @@ def prediction(table: DataFrame) -> Figure | None:
             sure = line["low"] > 0 or line["high"] < 0
             colour = "white" if abs(line["rho"]) > 0.6 else "black"
             text = f"{line['rho']:.2f}"
-            axes.text(*place, text, ha="center", va="center", fontsize=6, weight="bold" if sure else "normal", color=colour)
+            size = min(6, 24 / grid.shape[1])
+            axes.text(*place, text, ha="center", va="center", fontsize=size, weight="bold" if sure else "normal", color=colour)
         axes.set_xticks(range(grid.shape[1]), [str(step) for step in grid.columns])
         axes.set(title=title, xlabel="step")
         axes.set_yticks(range(len(predictors)), predictors)
