@@ -52,8 +52,9 @@ demo-report: demo-npo_kl demo-ga
 	$(BIN)/python report.py $(RUN)/ga$(OF) $(RUN)/npo_kl$(OF) --out $(RUN)/report.html
 
 # docs/results/study.md of any family, or its parts one by one: make study SETTINGS="model_path=FULL data_path=DATA"
-# RETAIN_MODEL=MODEL. What is finished is not run again. Attacks are of the runs of seed 1, sweeps and tokens of one of npo's.
-# Few methods give no rank correlations, and rows without wrong answers no facts: that is said, and the rest is done.
+# RETAIN_MODEL=MODEL. What is finished is not run again. Attacks are of the runs of seed 1, the fair comparison by mixing of
+# those at 1e-4, sweeps and tokens of one of npo's. Few methods give no rank correlations, and rows without wrong answers no
+# facts: that is said, and the rest is done.
 STUDY = icml/study
 LAYERS = 5 15 28
 COMMA = ,
@@ -67,9 +68,9 @@ study-runs: setup
 
 study-attacks: setup
 	for run in $(STUDY)/*/*_seed=1; do \
-		$(BIN)/python robustness.py model_path=$$run attacks=[relearn,quantize] $(RETAIN_MODEL:%=retain_path=%) || exit 1; \
-		$(BIN)/python evaluation_everything.py model_path=$$run || exit 1; done
-	$(BIN)/python study.py runs $(STUDY)/*/*_seed=1 --out $(STUDY)
+		$(BIN)/python robustness.py model_path=$$run attacks=[relearn,quantize] $(RETAIN_MODEL:%=retain_path=%) || exit 1; done
+	for run in $(STUDY)/*/*_0.0001_*; do $(BIN)/python evaluation_everything.py model_path=$$run || exit 1; done
+	$(BIN)/python study.py runs $(STUDY)/*/*_seed=1 $(STUDY)/*/*_0.0001_* --out $(STUDY)
 
 SWEEP = ga wga npo tnpo idk simnpo undial satimp dpo $(LAYERS:%=rmu_%) $(foreach m,npo simnpo tnpo wga,$m:0.1 $m:1)
 study-sweeps: setup

@@ -303,7 +303,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, young: Path) -> Path:
     folder = make_workplace(tmp_path_factory.mktemp("study"))
     tiny = f"model_family=tiny model_path={young} split=forget05 retain_holdout=8"
     tiny += " num_epochs=1 batch_size=8 save_steps=2 eval.every=2"
-    run_in(folder, f"python forget.py -m +experiment=trajectories {tiny} geffect.every=2 method=npo,wga")
+    run_in(folder, f"python forget.py -m +experiment=trajectories {tiny} geffect.every=2 method=npo,wga lr=3e-5")
     run_in(folder, f"python forget.py -m +experiment=rates {tiny} method=npo lr=1e-3")
     return folder
 
