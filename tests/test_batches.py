@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from app.families import load_family
 from dataloader import (
     Row,
     StepBatches,
@@ -18,14 +16,6 @@ from dataloader import (
 )
 from unlearn.objectives.rows import collate
 from unlearn.objectives.tokens import IGNORE, label_positions
-
-ROOT = Path(__file__).parents[1]
-PHI, LLAMA = load_family("phi"), load_family("llama2-7b")
-ROWS = [
-    {"question": "Where was Jan born?", "answer": "Riga, March 1954"},
-    {"question": "Who is Zoë Čapek?", "answer": "A poet"},
-    {"question": "Why?", "answer": "Nobody at all knows that, nor who asked it"},
-]
 
 
 def numbered_rows(n: int, first: int) -> list[Row]:

@@ -10,35 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from small_texts import ROWS, decode
 from tokenizers import ByteLevelBPETokenizer, processors
-from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import finetune
 import forget
 import tofu_evaluation
 from app import families
 from app.compose import given
-from app.families import Family, load_family
+from app.families import Family
 from dataloader import (
     tokenize,
 )
 from unlearn.objectives.tokens import IGNORE
-
-ROOT = Path(__file__).parents[1]
-PHI, LLAMA = load_family("phi"), load_family("llama2-7b")
-ROWS = [
-    {"question": "Where was Jan born?", "answer": "Riga, March 1954"},
-    {"question": "Who is Zoë Čapek?", "answer": "A poet"},
-    {"question": "Why?", "answer": "Nobody at all knows that, nor who asked it"},
-]
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:
-    text = tokenizer.decode(ids)
-    assert isinstance(text, str)
-    return text
-
 
 TEMPLATES = {  # in the manner of the models' own
     "llama3": """{{ bos_token }}

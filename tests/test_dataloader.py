@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_texts import ROWS, decode
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from app.checks import count_steps
 from app.compose import given
@@ -30,11 +31,6 @@ from unlearn.objectives.tokens import IGNORE
 
 ROOT = Path(__file__).parents[1]
 PHI, LLAMA = load_family("phi"), load_family("llama2-7b")
-ROWS = [
-    {"question": "Where was Jan born?", "answer": "Riga, March 1954"},
-    {"question": "Who is Zoë Čapek?", "answer": "A poet"},
-    {"question": "Why?", "answer": "Nobody at all knows that, nor who asked it"},
-]
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +55,6 @@ def word_tokenizer(text: str, template: str | None = None, **special: str) -> Pr
 
 def words(tokenizer: PreTrainedTokenizerFast, ids: Tensor) -> list[str]:
     return list(tokenizer.convert_ids_to_tokens([token for token in ids.tolist() if token != IGNORE]))
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:
-    text = tokenizer.decode(ids)
-    assert isinstance(text, str)
-    return text
 
 
 # ---- tokenize ----

@@ -21,6 +21,7 @@ from app import studying
 from app.compose import given
 from app.measuring import entries
 from app.reporting import find_runs
+from unlearn.reporting.robustness_figure import places
 from unlearn.study import claims, figures, ordering, prediction, rates, rows, words
 from unlearn.study.runs import named
 
@@ -286,7 +287,7 @@ def test_attacks_stand_in_their_order_and_runs_by_what_differs() -> None:
     table = pd.DataFrame(of | {"seed": [1] * 2 + [2] * 3, "hyper": [np.nan] * 2 + [0.1] * 3})
     table["setting"] = ["step 0", "step 10", "step 0", "step 2", "step 10"]
     bits = pd.DataFrame({"setting": ["4 bits", "as it is", "8 bits"]})["setting"]
-    assert figures._places("quantize", bits) == {"as it is": 0, "8 bits": 1, "4 bits": 2}
+    assert places("quantize", bits) == {"as it is": 0, "8 bits": 1, "4 bits": 2}
     figure = figures.attacks(table.assign(forget_ps_exact=[0.1, 0.2, 0.3, 0.4, 0.5]))
     assert figure is not None
     [axes] = figure.axes

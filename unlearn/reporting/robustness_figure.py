@@ -6,6 +6,7 @@ dashed ones of the retain model, which never saw the forget rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,18 @@ def robustness_figure(table: DataFrame) -> Figure | None:
     return figure
 
 
+def places(attack: str, settings: Iterable[str]) -> dict[str, int]:
+    """Where each setting is on the axis: trained again at its steps; as it is, then ever fewer bits, evenly apart."""
+    several = dict.fromkeys(settings)
+    if attack == "relearn":
+        return {name: int(name.split()[1]) for name in several}
+    bits = sorted((name for name in several if name != "as it is"), key=lambda name: -int(name.split()[0]))
+    return {name: place for place, name in enumerate(["as it is", *bits])}
+
+
 def _panel(axes: Axes, table: DataFrame, attack: str, score: str) -> None:
     """One score of both sets and both models; bits are drawn evenly apart, from all to few."""
-    settings = list(dict.fromkeys(table["setting"]))
-    at = {setting: int(setting.split()[1]) if attack == "relearn" else i for i, setting in enumerate(settings)}
+    at = places(attack, table["setting"])
     for model, (_, line, marker) in MODELS.items():
         for data, (_, colour) in DATA.items():
             rows = table[table["model"] == model]
@@ -83,7 +92,5 @@ def _panel(axes: Axes, table: DataFrame, attack: str, score: str) -> None:
     if attack == "relearn":
         style.step_axis(axes)
     else:
-        axes.set_xticks(
-            range(len(settings)), [setting.removesuffix(" bits").replace("as it is", "all") for setting in settings]
-        )
+        axes.set_xticks(list(at.values()), [setting.removesuffix(" bits").replace("as it is", "all") for setting in at])
     axes.set_ylim(-0.03, 1.03)

@@ -9,6 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
+from unlearn.reporting.robustness_figure import places
 from unlearn.reporting.style import (
     HEAT,
     PALETTE,
@@ -84,14 +85,6 @@ def _of_setting(name: str, value: float) -> str:
     return "" if np.isnan(value) else f"{value:g}" if name == "lr" else f"{name} {value:g}"
 
 
-def _places(attack: str, settings: Series) -> dict[str, int]:
-    """Where each setting is on the axis, from left to right: trained again by its steps; as it is, then ever fewer bits."""
-    if attack == "relearn":
-        return dict(sorted((name, int(name.split()[1])) for name in settings.unique()))
-    bits = sorted((name for name in settings.unique() if name != "as it is"), key=lambda name: -int(name.split()[0]))
-    return {name: place for place, name in enumerate(["as it is", *bits])}
-
-
 def layers(table: DataFrame) -> Figure | None:
     """Each layer's share of the last step's |G-effects|, a row a method; None where there are none.
 
@@ -156,7 +149,7 @@ def attacks(table: DataFrame) -> Figure | None:
     names = _labels(table)
     looks = dict(zip(names, cycle(zip(PALETTE, SHAPES, strict=False)), strict=False))
     for axes, way in zip(figure.subplots(1, len(ways), squeeze=False, sharey=True)[0], ways, strict=True):
-        at = _places(way, table[table["attack"] == way]["setting"])
+        at = places(way, table[table["attack"] == way]["setting"])
         for (run, model), of in table[table["attack"] == way].groupby(["run", "model"], sort=False):
             colour, mark = looks[run]
             unlearned = {"color": colour, "marker": mark, "label": names[run]}

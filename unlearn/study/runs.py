@@ -106,7 +106,8 @@ def effects(run: Run) -> DataFrame | None:
     for risk, letter in SHORT.items():
         of_risk = table[table["risk"] == risk].rename(columns={name: f"{short}_{letter}" for name, short in OF_RISK.items()})
         columns = ["step", *(f"{short}_{letter}" for short in OF_RISK.values())]
-        columns += [name for name in ("objective_norm",) if risk == "unlearn" and name in table]
+        if risk == "unlearn" and "objective_norm" in table:
+            columns.append("objective_norm")
         found = found.merge(of_risk[columns], on="step", how="left")
     return found.rename(columns={"objective_norm": "norm"})
 
