@@ -43,6 +43,9 @@ OWN = "forget_data=two.jsonl retain_data=stay.jsonl"
 LOCAL = "no such file, and no set of benchmark=local; there are retain_data, forget_data\n"
 AGGREGATE = "--config-name=aggregate_eval_stat"
 
+# ---- the lines, and what each needs to say ----
+
+
 CHECKED = [  # a command, and what its line needs to contain
     # methods and retain terms
     (f"{GA} method=xyz", ["method=xyz", METHODS]),
@@ -267,6 +270,9 @@ COMMANDS = [  # the same as a user meets them: a process of their own, timed
 ]
 
 
+# ---- where they are typed ----
+
+
 def one_row_log() -> dict[str, Any]:
     """In TOFU's format, of a question that nobody asks."""
     row = {"avg_gt_loss": 0.1, "rougeL_recall": 0.2, "average_perturb_loss": [0.3], "avg_paraphrased_loss": 0.4}
@@ -352,6 +358,9 @@ def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     return call
 
 
+# ---- one line, before anything is loaded ----
+
+
 def assert_one_line(line: str, code: int, err: str, words: list[str]) -> None:
     assert code == 2, err
     assert err.endswith("\n")
@@ -414,6 +423,9 @@ def test_a_path_may_have_an_equals_sign(call: Callable[..., tuple[int, str]], pl
     assert seen == ["ga_seed=1", "ga_seed=1", "ga_seed=2", odd.name]
 
 
+# ---- the traceback, other processes, other jobs ----
+
+
 def test_debug_gives_the_traceback(place: Path) -> None:
     done = run_in(place, f"python {ROOT}/{GA} split=forget20 debug=true", check=False)
     assert done.returncode != 0
@@ -457,6 +469,9 @@ def test_other_errors_are_one_line_too(call: Callable[..., tuple[int, str]]) -> 
     assert fail(RuntimeError("shapes\n  differ")) == (1, line)
 
 
+# ---- models and runs that do not fit ----
+
+
 def test_a_model_that_does_not_load(place: Path) -> None:
     done = run_in(place, f"python {ROOT}/{TOFU}", check=False)
     assert done.returncode != 0
@@ -485,6 +500,9 @@ def test_another_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(families, "load_families", lambda: entries)
     with pytest.raises(ValueError, match=r"family.answer_tag=Answer:  there, A:  here"):
         check_run(tmp_path, cfg)
+
+
+# ---- other commands, help ----
 
 
 def test_basher1_names_the_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,6 +540,9 @@ def test_help_names_every_key_with_its_meaning(place: Path, script: str) -> None
         assert words in done.stdout
     assert done.stdout.count("\nbatch_size: ") == 1
     assert (f"method: {METHODS}" in done.stdout) == (script == "forget")
+
+
+# ---- folders with something of a model ----
 
 
 CONVERT = "AutoModelForCausalLM.from_pretrained('given').save_pretrained(NEW)"

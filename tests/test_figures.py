@@ -96,7 +96,7 @@ def data(line: Line2D, axis: str) -> np.ndarray:
     return np.asarray(line.get_xdata() if axis == "x" else line.get_ydata(), dtype=float)
 
 
-# Numbers
+# ---- numbers ----
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_numbers_are_abbreviated() -> None:
     assert plotted.abbreviated([]) == "none"
 
 
-# Figures
+# ---- figures ----
 
 
 def test_every_figure_is_drawn(drawn: dict[str, Figure]) -> None:
@@ -363,7 +363,7 @@ def test_a_sweep_is_a_line_a_method(drawn: dict[str, Figure]) -> None:
     assert {text.get_text() for text in drawn["sweep"].legends[0].get_texts()} == {"wga", "npo", "idk (default)"}
 
 
-# Files
+# ---- files ----
 
 
 def test_both_files_have_one_layout(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,7 +501,7 @@ def test_names_of_layers_and_steps_do_not_overlap(blocks: int, steps: int, tmp_p
             assert all(end <= start + 2 for (_, end), (start, _) in zip(ends, ends[1:], strict=False))  # two pixels of 100
 
 
-# Errors
+# ---- errors ----
 
 
 def test_a_wanted_row_or_step_that_is_not_there(folder: Path, tmp_path: Path) -> None:
